@@ -1,0 +1,24 @@
+"""Every op against the plain-torch idiom, interleaved and checked: `python -m fourfold.benchmarks --help`."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from .harness import Case, Settings
+
+__all__ = ["Case", "Settings", "bench_files", "every_case"]
+
+
+def bench_files(family: str | None = None) -> list[Path]:
+    """The bench_<family>.py files, or the one of `family`."""
+    files = {path.stem.removeprefix("bench_"): path for path in sorted(Path(__file__).parent.glob("bench_*.py"))}
+    if family is not None and family not in files:
+        raise ValueError(f"--family: must be one of {', '.join(files)}, got {family!r}")
+    return list(files.values()) if family is None else [files[family]]
+
+
+def every_case(settings: Settings) -> list[Case]:
+    """The cases that `settings` chooses, in the order in which they run."""
+    modules = (importlib.import_module(f".{path.stem}", __name__) for path in bench_files(settings.family))
+    return settings.choose(case for module in modules for case in module.cases(settings))

@@ -1,0 +1,132 @@
+"""`python -m fourfold.benchmarks`: measure, check, report."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import fourfold
+
+from . import bench_files, every_case, report
+from .harness import Session, Settings
+from .options import add_options, to_arguments, to_settings
+
+CAPABILITY = "FOURFOLD_CPU_CAPABILITY"
+LAPS = 3  # of whole processes, for --compare-capabilities
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="python -m fourfold.benchmarks", description=__doc__, allow_abbrev=False)
+    add_options(parser.add_argument)
+    parser.add_argument("--list", action="store_true", help="list the cases and stop")
+    parser.add_argument("--capability", metavar="TIER", help="run in a process lowered to this ISA tier, such as avx2")
+    parser.add_argument("--compare-capabilities", metavar="TIERS", help="ours in two or more tiers, such as avx512,avx2")
+    parser.add_argument("--render", action="store_true", help="rewrite README's table and docs/benchmarks.md of this checkout")
+    chosen = parser.parse_args(arguments)
+    try:
+        settings = to_settings(chosen)
+        if chosen.render:
+            print("\n".join(str(path) for path in report.render_checkout(Path.cwd())))
+            return 0
+        chosen_cases = every_case(settings)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    if not chosen_cases:
+        parser.error("no case fits these options; see --list")
+    if chosen.list:
+        print("\n".join(case.name for case in chosen_cases))
+        return 0
+    if chosen.compare_capabilities:
+        return compare_capabilities(chosen.compare_capabilities.split(","), chosen, settings)
+    if chosen.capability and os.environ.get(CAPABILITY) != chosen.capability:
+        # The tier is chosen when the library is loaded: only a new process can have another.
+        os.execve(sys.executable, [sys.executable, "-m", __package__, *arguments], os.environ | {CAPABILITY: chosen.capability})
+    if chosen.capability and fourfold.cpu_capability() != chosen.capability:
+        parser.error(f"--capability {chosen.capability}: this machine gives {fourfold.cpu_capability()}")
+    if chosen.json is None and chosen.report is None:
+        chosen.json, chosen.report = Path("fourfold-benchmarks.json"), Path("fourfold-benchmarks.html")
+    code = run(settings, chosen.json, chosen.report)
+    print("\n".join(f"wrote {path}" for path in (chosen.json, chosen.report) if path and path.exists()))
+    return code
+
+
+def run(settings: Settings, json_path: Path | None, html_path: Path | None) -> int:
+    """The bench files under pytest, where pytest-benchmark drives, else in a plain loop. 0: every answer was right."""
+    if find_spec("pytest") and find_spec("pytest_benchmark"):
+        return _run_pytest(settings, json_path, html_path)
+    print("pytest-benchmark is missing, a plain loop drives the rounds (pip install 'fourfold[bench]')")
+    runs = [(case, threads) for case in every_case(settings) for threads in settings.threads_of(case)]
+    session = Session(settings, fourfold, len(runs))
+    progress = report.Progress(session)
+    for case, threads in runs:
+        progress.run(case, threads)
+        report.save(session, json_path)
+    progress.close()
+    report.save(session, json_path, html_path)
+    return int(any(result["wrong"] for result in session.results))
+
+
+class _NoDots:
+    """The progress bar says it all."""
+
+    def pytest_report_teststatus(self, report: Any) -> tuple[str, str, str] | None:
+        return ("passed", "", "") if report.passed and report.when == "call" else None
+
+
+def _run_pytest(settings: Settings, json_path: Path | None, html_path: Path | None) -> int:
+    import pytest
+
+    here = Path(__file__).parent
+    # Nothing of the project that happens to surround us: not its pytest settings, not its conftest, not its plugins.
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    house = ["-c", os.devnull, "--rootdir", str(here), "--confcutdir", str(here), "-p", "pytest_benchmark.plugin"]
+    house += ["-p", "no:cacheprovider", "-q", "-s", "--no-header", "--disable-warnings"]
+    house += ["--benchmark-only", "--benchmark-quiet"]
+    files = [str(path) for path in bench_files(settings.family)]
+    ours = [f"--json={json_path}"] * bool(json_path) + [f"--report={html_path}"] * bool(html_path)
+    return int(pytest.main([*house, *to_arguments(settings), *ours, *files], plugins=[_NoDots()]))
+
+
+def compare_capabilities(tiers: list[str], chosen: argparse.Namespace, settings: Settings) -> int:
+    """Whole processes take turns, tier by tier; prints time over the first tier's, median and extremes over the laps."""
+    times: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for lap in range(LAPS):
+            for tier in tiers if lap % 2 == 0 else tiers[::-1]:
+                path = Path(folder) / "lap.json"
+                print(f"lap {lap + 1} of {LAPS}: {tier}", flush=True)
+                command = [sys.executable, "-m", str(__package__), f"--capability={tier}", f"--json={path}"]
+                ours = dataclasses.replace(settings, only_ours=True)
+                done = subprocess.run([*command, *to_arguments(ours)], stdout=subprocess.PIPE, text=True)
+                if done.returncode:
+                    print(done.stdout)
+                    return done.returncode
+                for result in report.load(path)["results"]:
+                    name = f"{result['op']} {result['label']} [{result['state']}] {result['threads']}t"
+                    times.setdefault(name, {}).setdefault(tier, []).append(result["ms"][result["ours"]]["median"])
+    ratios = {
+        name: {tier: [t / f for t, f in zip(of[tier], of[tiers[0]], strict=True)] for tier in tiers[1:]}
+        for name, of in times.items()
+    }
+    for name, of in ratios.items():
+        words = [
+            f"{tier} {statistics.median(r):.2f} ({min(r):.2f}–{max(r):.2f}) of {tiers[0]}'s time" for tier, r in of.items()
+        ]
+        print(f"{name}: {', '.join(words)}")
+    if chosen.json:
+        chosen.json.write_text(json.dumps({"tiers": tiers, "ms": times}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

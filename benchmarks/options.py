@@ -1,0 +1,72 @@
+"""The command line, declared once for `python -m fourfold.benchmarks` and for pytest."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .harness import Settings
+
+QUICK_SECONDS = 95.0  # of two minutes; the rest is for imports, the largest case running over, and the report
+
+
+def thread_counts(text: str) -> tuple[int, ...]:
+    """Turns the text 1,2 into (1, 2)."""
+    counts = tuple(int(part) for part in text.split(",") if part.strip().isdigit())
+    if not counts or 0 in counts or len(counts) != text.count(",") + 1:
+        raise argparse.ArgumentTypeError(f"must be thread counts like 1 or 1,2, got {text!r}")
+    return counts
+
+
+def add_options(add: Callable[..., Any]) -> None:
+    """Every option that chooses what runs; `add` is argparse's add_argument or pytest's addoption."""
+    add("--family", help="one family of ops, such as blockdct")
+    add("--op", help="one op, such as block_dct")
+    add("--match", help="only cases whose label holds this text")
+    add("--quick", action="store_true", help="the cases that matter most, within two minutes on 2 cores")
+    add("--seconds", type=float, help="time for the whole run; it is shared out over the cases")
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--threads", type=thread_counts, help="thread counts, such as 1,2 (default: 1, and 2 where there are 2 cores)")
+    add("--random-shapes", action="store_true", help="image sizes drawn now instead of the fixed shapes")
+    add("--seed", type=int, help="of the random shapes (default: drawn and reported)")
+    add("--only-ours", action="store_true", help="no rivals but copy_")
+    add("--json", type=Path, metavar="FILE", help="where the results go, rewritten after every case")
+    add("--report", type=Path, metavar="FILE.html", help="where the report with charts goes")
+
+
+def to_arguments(settings: Settings) -> list[str]:
+    """The command line that means `settings`."""
+    valued = {
+        "--family": settings.family,
+        "--op": settings.op,
+        "--match": settings.match,
+        "--seconds": settings.seconds,
+        "--device": settings.device,
+        "--threads": ",".join(map(str, settings.threads)),
+        "--seed": settings.seed,
+    }
+    flags = {"--quick": settings.quick, "--random-shapes": settings.random_shapes, "--only-ours": settings.only_ours}
+    return [f"{name}={value}" for name, value in valued.items() if value is not None] + [
+        name for name, on in flags.items() if on
+    ]
+
+
+def to_settings(chosen: Any) -> Settings:
+    """`chosen`: a namespace with the options of `add_options`."""
+    default_threads = (1,) if chosen.device == "cuda" else (1, 2)[: len(os.sched_getaffinity(0))]
+    return Settings(
+        quick=chosen.quick,
+        device=chosen.device,
+        threads=chosen.threads or default_threads,
+        family=chosen.family,
+        op=chosen.op,
+        match=chosen.match,
+        random_shapes=chosen.random_shapes,
+        seed=random.SystemRandom().randrange(2**31) if chosen.seed is None else chosen.seed,
+        only_ours=chosen.only_ours,
+        seconds=QUICK_SECONDS if chosen.quick and chosen.seconds is None else chosen.seconds,
+    )

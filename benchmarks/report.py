@@ -1,0 +1,349 @@
+"""What a run looks like: a line per case while it runs, the JSON file, the HTML report, the tables of README and docs."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .harness import Case, Drive, Session, play
+
+try:
+    from tqdm import tqdm
+except ImportError:  # a bare GPU machine: lines without a bar
+    tqdm = None
+
+Result = dict[str, Any]
+Document = dict[str, Any]
+
+BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+README_RUN = "cpu.json"  # the stored run behind README's table
+
+
+# --- one result in words --------------------------------------------------------------------------------------------------
+
+
+def _milliseconds(ms: float) -> str:
+    return f"{ms * 1e3:.1f} µs" if ms < 0.1 else f"{ms:.3g} ms"
+
+
+def _spread(values: dict[str, float], unit: str = "", digits: int = 2) -> str:
+    return f"{values['median']:.{digits}f}{unit} ({values['q1']:.{digits}f}–{values['q3']:.{digits}f})"
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread" + "s" * (count != 1)
+
+
+def _versus(result: Result) -> str:
+    best = result["best_rival"]
+    return f"{_spread(result['ratio'][best], '×')} {best}" if best else "–"
+
+
+def line(result: Result) -> str:
+    """A result on the terminal; no speed where the answer was wrong."""
+    words = [result["op"], result["label"], f"[{result['state']}]", _threads(result["threads"])]
+    head = " ".join(words) + ":"
+    for name, complaint in result["wrong"].items():
+        head += f" {name} WRONG, no time ({complaint});"
+    if "ms" not in result:
+        return head.rstrip(";")
+    ms = _milliseconds(result["ms"][result["ours"]]["median"])
+    if "overhead_us" in result:
+        goal = result["overhead_goal_us"]
+        head += f" {_spread(result['overhead_us'], ' µs', 1)} over clone" + (f", goal {goal:g} µs" if goal else "")
+    else:
+        head += f" {ms}, {_spread(result['copy_share'])} of copy_, {_versus(result)}"
+    return head + "".join(f"\n    warning: {warning}" for warning in result["warnings"])
+
+
+def headlines(document: Document) -> list[str]:
+    """The facts that every number depends on."""
+    machine = document["machine"]
+    device = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"
+    settings = document["settings"]
+    kind = ", quick run" * settings["quick"] + f", random shapes of seed {settings['seed']}" * settings["random_shapes"]
+    versions = f"torch {document['torch']}, fourfold {document['fourfold']}"
+    return [
+        f"{device}; ISA tier {document['capability']}; {versions}; {document['date']}{kind}",
+        *(f"warning: {warning}" for warning in document["warnings"]),
+    ]
+
+
+class Progress:
+    """Runs the cases of a session one by one and tells how far it is."""
+
+    def __init__(self, session: Session) -> None:
+        self.session, self.done = session, 0
+        on_screen = tqdm is not None and sys.stderr.isatty()  # in a log file the counted lines are the progress
+        self.bar = tqdm(total=session.runs, unit="case", dynamic_ncols=True) if on_screen else None
+        for text in headlines(session.document()):
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def run(self, case: Case, threads: int, drive: Drive = play) -> Result:
+        if self.bar is not None:
+            self.bar.set_description(f"{case.op} {case.label}"[:48])
+        result = self.session.run(case, threads, drive)
+        self.done += 1
+        self.say(f"{self.done}/{self.session.runs} {line(result)}")
+        if self.bar is not None:
+            self.bar.update()
+        return result
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+# --- files ----------------------------------------------------------------------------------------------------------------
+
+
+def save(session: Session, json_path: Path | None, html_path: Path | None = None) -> None:
+    document = session.document()
+    if json_path:
+        _replace(json_path, _to_json(document))
+    if html_path:
+        _replace(html_path, render_html(document))
+
+
+def _to_json(document: Document) -> str:
+    """A line per result, so that two runs can be compared by eye; four digits, which is more than a timing has."""
+    facts = {key: value for key, value in document.items() if key != "results"}
+    results = ",\n".join(json.dumps(_rounded(result), ensure_ascii=False) for result in document["results"])
+    return json.dumps(_rounded(facts), indent=1, ensure_ascii=False)[:-2] + f',\n "results": [\n{results}\n]}}\n'
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(part) for part in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _replace(path: Path, text: str) -> None:
+    """Whole or not at all: results are saved after every case, and a killed run leaves what it had."""
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def load(path: Path) -> Document:
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if document.get("fourfold_benchmarks") != 1:
+        raise ValueError(f"{path.name}: must be a results file of fourfold.benchmarks, schema 1")
+    return document
+
+
+# --- tables ---------------------------------------------------------------------------------------------------------------
+
+COLUMNS = (
+    "case",
+    "allocation",
+    "threads",
+    "time",
+    "share of copy_",
+    "share of GEMM peak",
+    "against the best rival",
+    "other rivals",
+)
+
+
+def _row(result: Result) -> tuple[str, ...]:
+    head = (result["label"], result["state"], str(result["threads"]))
+    wrong = "; ".join(f"{name}: WRONG, {why}" for name, why in result["wrong"].items())
+    if "ms" not in result:
+        return (*head, "–", "–", "–", "–", wrong)
+    time = _milliseconds(result["ms"][result["ours"]]["median"]) + " ⚠" * bool(result["warnings"])
+    if "overhead_us" in result:
+        return (*head, time, "–", "–", f"clone() + {_spread(result['overhead_us'], ' µs', 1)}", wrong)
+    others = [f"{name} {ratio['median']:.2f}×" for name, ratio in result["ratio"].items() if name != result["best_rival"]]
+    rest = ", ".join(others) + ("; " + wrong if wrong else "")
+    return (*head, time, _spread(result["copy_share"]), f"{result['gemm_share']:.2f}", _versus(result), rest or "–")
+
+
+def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows])
+
+
+def _by(results: Iterable[Result], *keys: str) -> dict[Any, list[Result]]:
+    groups: dict[Any, list[Result]] = {}
+    for result in results:
+        groups.setdefault(tuple(result[key] for key in keys), []).append(result)
+    return groups
+
+
+def _legend(document: Document) -> str:
+    used = sorted({result["state"] for result in document["results"]})
+    states = " ".join(f"Allocation *{state}*: {document['states'][state]}." for state in used)
+    return (
+        "Medians with quartiles in brackets. A ratio is taken within each round, in which ours and every rival run once; "
+        "above 1 we are faster. The share of `copy_` is against a copy of as many bytes into a warm tensor, the share of the "
+        "GEMM peak against a float32 matmul; flops are those of the matrix form. ⚠: the machine was not quiet. "
+        f"{states}"
+    )
+
+
+def readme_table(document: Document) -> str:
+    """README's table: the headline cases, a row each, thread counts side by side."""
+    counts = sorted({result["threads"] for result in document["results"]})
+    header = ["op", "input", *(f"{what}, {_threads(count)}" for count in counts for what in ("of `copy_`", "× best rival"))]
+    rows, overheads = [], []
+    for (op, label, state), results in _by(document["results"], "op", "label", "state").items():
+        if not results[0]["headline"]:
+            continue
+        if "overhead_us" in results[0]:
+            overheads.append(f"`{op}` {label} {results[0]['overhead_us']['median']:.1f} µs")
+            continue
+        by_count = {result["threads"]: result for result in results if "ms" in result}
+        cells: list[str] = []
+        for count in counts:
+            result = by_count.get(count)
+            cells += ("–", "–") if result is None else (f"{result['copy_share']['median']:.2f}", _best(result))
+        rows.append((f"`{op}`", f"{label} [{state}]", *cells))
+    parts = [headlines(document)[0] + ".", _markdown_table(header, rows)]
+    if overheads:
+        parts.append("Call overhead over `x.clone()`: " + "; ".join(overheads) + ".")
+    parts.append("More cases, quartiles and all rivals: [docs/benchmarks.md](docs/benchmarks.md).")
+    return "\n\n".join(parts)
+
+
+def _best(result: Result) -> str:
+    best = result["best_rival"]
+    return f"{result['ratio'][best]['median']:.1f} ({best})" if best else "–"
+
+
+def into_readme(readme: str, document: Document) -> str:
+    """`readme` with what stands between the markers replaced by the table."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"README must hold {BEGIN} and {END} once each")
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{readme_table(document)}\n{END}{rest.split(END)[1]}"
+
+
+def docs_page(documents: dict[str, Document]) -> str:
+    """docs/benchmarks.md: every case of every stored run. documents: file name -> run."""
+    parts = [
+        "# Benchmarks",
+        (
+            "Generated from the runs stored in `benchmarks/results` by `python -m fourfold.benchmarks --render`; not edited "
+            "by hand. Run your own with `python -m fourfold.benchmarks`."
+        ),
+    ]
+    for name, document in documents.items():
+        parts += [f"## {name.removesuffix('.json')}", "  \n".join(headlines(document)), _legend(document)]
+        for (op,), results in _by(document["results"], "op").items():
+            parts += [f"### {op}", _markdown_table(COLUMNS, map(_row, results))]
+        parts += [_markdown_table(("shape", "where it comes from"), sorted(_sources(document)))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _sources(document: Document) -> set[tuple[str, str]]:
+    return {(f"{result['op']} {result['label']}", result["source"]) for result in document["results"]}
+
+
+def render_checkout(root: Path) -> list[Path]:
+    """Rewrite README's table and docs/benchmarks.md of the checkout at `root` from its stored runs."""
+    stored = sorted((root / "benchmarks" / "results").glob("*.json"))
+    if README_RUN not in [path.name for path in stored]:
+        raise FileNotFoundError(f"benchmarks/results/{README_RUN} is missing: store a run there with --json, in a checkout")
+    documents = {path.name: load(path) for path in stored}
+    readme, page = root / "README.md", root / "docs" / "benchmarks.md"
+    _replace(readme, into_readme(readme.read_text(encoding="utf-8"), documents[README_RUN]))
+    _replace(page, docs_page(documents))
+    return [readme, page]
+
+
+# --- the HTML report ------------------------------------------------------------------------------------------------------
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; font-size: 13px; margin: 1rem 0 2.5rem; }
+th, td { border-bottom: 1px solid #ddd; padding: .3rem .7rem; text-align: left; vertical-align: top; }
+th { border-bottom: 2px solid #888; }
+.warning { color: #a40; } .wrong { color: #b00; font-weight: bold; }
+svg { max-width: 100%; height: auto; }
+"""
+
+
+def render_html(document: Document) -> str:
+    """One file with everything in it: facts, and per op two charts and the table under them."""
+    escape = html.escape
+    body = ["<h1>fourfold benchmarks</h1>"]
+    first, *warnings = headlines(document)
+    body += [f"<p>{escape(first)}</p>", *(f'<p class="warning">{escape(text)}</p>' for text in warnings)]
+    body += [f"<p>{escape(_legend(document)).replace('`', '')}</p>"]
+    for (op,), results in _by(document["results"], "op").items():
+        body += [f"<h2>{escape(op)}</h2>", _charts(results)]
+        rows = "".join(_html_row(result) for result in results)
+        body.append(f"<table><tr>{''.join(f'<th>{escape(name)}</th>' for name in COLUMNS)}</tr>{rows}</table>")
+    noted = [(line(result).split("\n")[0], text) for result in document["results"] for text in result["warnings"]]
+    if noted:
+        items = "".join(f"<li>{escape(text)} — {escape(where)}</li>" for where, text in noted)
+        body.append(f'<h2>Where the machine was not quiet</h2><ul class="warning">{items}</ul>')
+    body.append(f"<h2>Build</h2><pre>{escape(json.dumps(document['build'], indent=1))}</pre>")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>fourfold benchmarks</title>'
+        f"<style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
+    )
+
+
+def _html_row(result: Result) -> str:
+    kind = ' class="wrong"' if result["wrong"] else ""
+    return f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _row(result)) + "</tr>"
+
+
+def _charts(results: list[Result]) -> str:
+    """Two bar charts beside each other as inline SVG: share of copy_, and the ratio to each rival."""
+    raced = [result for result in results if "copy_share" in result]
+    if not raced:
+        return ""
+    try:
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullLocator
+    except ImportError:
+        return '<p class="warning">No charts: matplotlib is missing (pip install "fourfold[plot]").</p>'
+    labels = [f"{result['label']} [{result['state']}] {result['threads']}t" for result in raced]
+    rivals = list(dict.fromkeys(name for result in raced for name in result["ratio"]))
+    most = max(1, *(len(result["ratio"]) for result in raced))
+    figure = Figure(figsize=(14, 1.2 + len(raced) * (0.18 + 0.1 * most)), layout="constrained")
+    FigureCanvasSVG(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    rows = range(len(raced))
+
+    def whiskers(spreads: list[dict[str, float]]) -> list[list[float]]:
+        return [[s["median"] - s["q1"] for s in spreads], [s["q3"] - s["median"] for s in spreads]]
+
+    shares = [result["copy_share"] for result in raced]
+    left.barh(rows, [s["median"] for s in shares], xerr=whiskers(shares), height=0.6, color="#3b6ea5")
+    left.axvline(1, color="#888", linewidth=0.8)
+    left.set(title="share of copy_ (whiskers: quartiles)", yticks=rows, yticklabels=labels, ylim=(len(raced) - 0.4, -0.6))
+    height = 0.85 / most
+    for name in rivals:
+        mine = [(row, list(result["ratio"]).index(name), result) for row, result in enumerate(raced) if name in result["ratio"]]
+        places = [row + (place - (len(result["ratio"]) - 1) / 2) * height for row, place, result in mine]
+        spreads = [result["ratio"][name] for *_, result in mine]
+        # From 1 on: a bar to the right is a rival slower than we are, one to the left a faster one.
+        right.barh(places, [s["median"] - 1 for s in spreads], left=1, xerr=whiskers(spreads), height=height, label=name)
+    right.axvline(1, color="#888", linewidth=0.8)
+    right.set(title="time of a rival / ours", xscale="log")
+    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    right.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    right.xaxis.set_minor_locator(NullLocator())
+    if rivals:
+        figure.legend(loc="outside lower center", ncols=5, fontsize="small")
+    drawing = io.StringIO()
+    figure.savefig(drawing, format="svg", metadata={"Date": None})
+    return drawing.getvalue()[drawing.getvalue().index("<svg") :]

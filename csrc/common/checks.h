@@ -1,0 +1,36 @@
+// Argument checks of the ops. Python checks first and raises the public errors; these keep every kernel inside its buffers when
+// an op is called directly through torch.ops.fourfold.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace fourfold {
+
+// Throws what reaches Python as a ValueError, with nothing but our own words in it (STD_TORCH_CHECK would add file and line).
+template <typename... Words>
+void require(bool ok, const Words&... words) {
+  if (ok) return;
+  std::ostringstream text;
+  (text << ... << words);
+  throw std::invalid_argument(text.str());
+}
+
+inline std::string shape_of(const torch::stable::Tensor& x) {
+  std::ostringstream text;
+  text << '(';
+  for (int64_t d = 0; d < x.dim(); ++d) text << (d ? ", " : "") << x.size(d);
+  text << (x.dim() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+inline void require_same_device(const char* op, const char* name, const torch::stable::Tensor& tensor,
+                                const torch::stable::Tensor& x) {
+  require(tensor.is_cuda() == x.is_cuda() && tensor.is_cpu() == x.is_cpu() && tensor.get_device_index() == x.get_device_index(),
+          op, ": ", name, " must be on the input's device; move it there with .to(x.device)");
+}
+
+}  // namespace fourfold

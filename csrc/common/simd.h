@@ -1,0 +1,371 @@
+// Vectors for kernels: GCC/Clang vector extensions of this tier's width, and one name here for each operation that vector types
+// can't say, with a portable fallback. The only file that may include <immintrin.h> or <arm_neon.h>.
+//
+// A kernel file includes this and <cstdint> only and lives in namespace FOURFOLD_ISA: a template of the standard library
+// instantiated there would be a weak symbol shared by all tiers and could put AVX-512 code into the baseline path.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#ifndef FOURFOLD_ISA
+#error "compile kernels with -DFOURFOLD_ISA=<tier>"
+#endif
+
+#define FOURFOLD_INLINE inline __attribute__((always_inline))
+
+namespace fourfold {
+namespace FOURFOLD_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// Element types as they lie in memory; Accumulate<E> is the type they are computed in.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+template <typename E>
+struct AccumulateOf {
+  using type = float;
+};
+template <>
+struct AccumulateOf<double> {
+  using type = double;
+};
+template <typename E>
+using Accumulate = typename AccumulateOf<E>::type;
+
+template <typename T>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(T));
+
+// Vec<T> is an aligned vector; Loose<T> the same read or written at any address.
+template <typename T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef float loose __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef int32_t index __attribute__((vector_size(kVectorBytes)));
+};
+template <>
+struct VectorOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef double loose __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+  typedef int64_t index __attribute__((vector_size(kVectorBytes)));
+};
+template <typename T>
+using Vec = typename VectorOf<T>::type;
+template <typename T>
+using Loose = typename VectorOf<T>::loose;
+
+template <typename T>
+FOURFOLD_INLINE Vec<T> broadcast(T value) {
+  return Vec<T>{} + value;
+}
+
+// x in the first n lanes, value in the others.
+template <typename T>
+FOURFOLD_INLINE Vec<T> fill_after(Vec<T> x, int64_t n, T value) {
+  typename VectorOf<T>::index number;
+  for (int i = 0; i < kLanes<T>; ++i) number[i] = i;
+  return number < static_cast<decltype(number[0] + number[0])>(n) ? x : broadcast(value);
+}
+
+// ---- 16-bit floats -------------------------------------------------------------------------------------------------------
+
+// As many 16-bit values as a vector has floats.
+typedef uint16_t Bits16 __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint16_t LooseBits16 __attribute__((vector_size(kVectorBytes / 2), aligned(2), may_alias));
+typedef uint32_t Bits32 __attribute__((vector_size(kVectorBytes)));
+
+FOURFOLD_INLINE Bits32 zero_extend(Bits16 x) {
+#if defined(__AVX512F__)
+  return (Bits32)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+  return (Bits32)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+  return __builtin_convertvector(x, Bits32);
+#endif
+}
+
+// The low 16 bits of each lane, whose high 16 are zero.
+FOURFOLD_INLINE Bits16 truncate(Bits32 x) {
+#if defined(__AVX512F__)
+  return (Bits16)_mm512_cvtepi32_epi16((__m512i)x);
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)x, (__m256i)x);
+  return (Bits16)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  return __builtin_convertvector(x, Bits16);
+#endif
+}
+
+FOURFOLD_INLINE Vec<float> widen(Bits16 x, BFloat16) { return (Vec<float>)(zero_extend(x) << 16); }
+
+// Round to nearest even; a NaN stays one (its top bit of payload is set so that truncation can't make it an infinity).
+FOURFOLD_INLINE Bits16 narrow(Vec<float> x, BFloat16) {
+#if defined(__AVX512BF16__)
+  // The instruction takes subnormals for zero; they are rare enough to branch on.
+  constexpr int kSubnormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)x, kSubnormal) == 0, 1)) return (Bits16)_mm512_cvtneps_pbh((__m512)x);
+#endif
+  const Bits32 bits = (Bits32)x;
+  const Bits32 rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const Bits32 is_nan = (Bits32)(x != x);
+  return truncate(((is_nan & (bits | 0x400000)) | (~is_nan & rounded)) >> 16);
+}
+
+FOURFOLD_INLINE Vec<float> widen(Bits16 x, Half) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps((__m256i)x);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_cvtph_ps((__m128i)x);
+#elif defined(__aarch64__)
+  return (Vec<float>)vcvt_f32_f16((float16x4_t)x);
+#else
+  // Exponent and mantissa move into place, 2^112 corrects the bias and makes subnormals normal; infinity and NaN are mended.
+  const Bits32 bits = zero_extend(x);
+  const Bits32 magnitude = (bits & 0x7fff) << 13;
+  const Vec<float> scaled = (Vec<float>)magnitude * 0x1p112f;
+  const Bits32 special = (Bits32)(magnitude >= (0x7c00u << 13));
+  return (Vec<float>)((Bits32)scaled | (special & 0x7f800000) | ((bits & 0x8000) << 16));
+#endif
+}
+
+FOURFOLD_INLINE Bits16 narrow(Vec<float> x, Half) {
+#if defined(__AVX512F__)
+  return (Bits16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return (Bits16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__aarch64__)
+  return (Bits16)vcvt_f16_f32((float32x4_t)x);
+#else
+  const Bits32 bits = (Bits32)x;
+  const Bits32 sign = (bits >> 16) & 0x8000;
+  const Bits32 magnitude = bits & 0x7fffffff;
+  // Normal results: drop 13 bits to nearest even and re-bias. Overflow carries into the exponent of infinity by itself.
+  const Bits32 normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // Subnormal results: adding one half puts the rounded mantissa into the low bits.
+  const Bits32 subnormal = (Bits32)((Vec<float>)magnitude + 0.5f) - 0x3f000000;
+  const Bits32 is_small = (Bits32)(magnitude < (113u << 23));
+  const Bits32 is_large = (Bits32)(magnitude >= (143u << 23));  // 65536 and more, infinity, NaN
+  const Bits32 is_nan = (Bits32)(x != x);
+  const Bits32 large = (Bits32{} + 0x7c00) | (is_nan & (0x200 | ((magnitude >> 13) & 0x3ff)));
+  return truncate(sign | (is_small & subnormal) | (is_large & large) | (~is_small & ~is_large & normal));
+#endif
+}
+
+// ---- integers ------------------------------------------------------------------------------------------------------------
+
+// kLanes<T> signed 16-bit integers from p on.
+template <typename T>
+FOURFOLD_INLINE Vec<T> load_integers(const int16_t* p) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(_mm256_loadu_si256((const __m256i*)p)));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i*)p)));
+#endif
+  Vec<T> x;
+  for (int i = 0; i < kLanes<T>; ++i) x[i] = static_cast<T>(p[i]);
+  return x;
+}
+
+// ---- load and store ------------------------------------------------------------------------------------------------------
+
+template <typename E>
+FOURFOLD_INLINE Vec<Accumulate<E>> load(const E* p) {
+  if constexpr (sizeof(E) == 2) {
+    return widen(*(const LooseBits16*)p, E{});
+  } else {
+    return *(const Loose<E>*)p;
+  }
+}
+
+template <typename E>
+FOURFOLD_INLINE void store(E* p, Vec<Accumulate<E>> x) {
+  if constexpr (sizeof(E) == 2) {
+    *(LooseBits16*)p = narrow(x, E{});
+  } else {
+    *(Loose<E>*)p = x;
+  }
+}
+
+// The first n lanes (0 <= n <= lanes), zero in the rest; reads nothing past them.
+template <typename E>
+FOURFOLD_INLINE Vec<Accumulate<E>> load_first(const E* p, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(E) == 2) {
+    return widen((Bits16)_mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p), E{});
+  } else if constexpr (sizeof(E) == 4) {
+    return (Vec<float>)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+  } else {
+    return (Vec<double>)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
+  }
+#else
+#if defined(__AVX2__)
+  if constexpr (sizeof(E) == 4) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return (Vec<float>)_mm256_maskload_ps((const float*)p, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), lane));
+  } else if constexpr (sizeof(E) == 8) {
+    const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+    return (Vec<double>)_mm256_maskload_pd((const double*)p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), lane));
+  }
+#endif
+  E lanes[kLanes<Accumulate<E>>] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = p[i];
+  return load(lanes);
+#endif
+}
+
+template <typename E>
+FOURFOLD_INLINE Accumulate<E> load_one(const E* p) {
+  return load_first(p, 1)[0];
+}
+
+// Writes the first n lanes and nothing past them.
+template <typename E>
+FOURFOLD_INLINE void store_first(E* p, Vec<Accumulate<E>> x, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(E) == 2) {
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << n) - 1), (__m256i)narrow(x, E{}));
+  } else if constexpr (sizeof(E) == 4) {
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), (__m512)x);
+  } else {
+    _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), (__m512d)x);
+  }
+#else
+#if defined(__AVX2__)
+  if constexpr (sizeof(E) == 4) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    _mm256_maskstore_ps((float*)p, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), lane), (__m256)x);
+    return;
+  } else if constexpr (sizeof(E) == 8) {
+    const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+    _mm256_maskstore_pd((double*)p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), lane), (__m256d)x);
+    return;
+  }
+#endif
+  E lanes[kLanes<Accumulate<E>>];
+  store(lanes, x);
+  for (int64_t i = 0; i < n; ++i) p[i] = lanes[i];
+#endif
+}
+
+// A store past the caches, for results larger than they are; an address that is not aligned for it is stored normally.
+// Other threads see it after stream_fence().
+template <typename E>
+FOURFOLD_INLINE void store_stream(E* p, Vec<Accumulate<E>> x) {
+#if defined(__x86_64__)
+  constexpr int kBytes = kLanes<Accumulate<E>> * static_cast<int>(sizeof(E));
+  if (kBytes >= 16 && (uintptr_t)p % kBytes == 0) {
+    if constexpr (sizeof(E) == 2) {
+#if defined(__AVX512F__)
+      _mm256_stream_si256((__m256i*)p, (__m256i)narrow(x, E{}));
+      return;
+#elif defined(__AVX2__)
+      _mm_stream_si128((__m128i*)p, (__m128i)narrow(x, E{}));
+      return;
+#endif
+    } else {
+#if defined(__AVX512F__)
+      _mm512_stream_ps((float*)p, (__m512)x);
+#elif defined(__AVX2__)
+      _mm256_stream_ps((float*)p, (__m256)x);
+#else
+      _mm_stream_ps((float*)p, (__m128)x);
+#endif
+      return;
+    }
+  }
+#endif
+  store(p, x);
+}
+
+FOURFOLD_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// ---- lanes ---------------------------------------------------------------------------------------------------------------
+
+#if defined(__clang__)
+#define FOURFOLD_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FOURFOLD_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})
+#endif
+
+// Lane l of the result is lane Map::at(l) of a then b.
+template <typename T, typename Map>
+FOURFOLD_INLINE Vec<T> permute(Vec<T> a, Vec<T> b) {
+  using Index [[maybe_unused]] = typename VectorOf<T>::index;
+  if constexpr (kLanes<T> == 16) {
+    return FOURFOLD_SHUFFLE(a, b, Map::at(0), Map::at(1), Map::at(2), Map::at(3), Map::at(4), Map::at(5), Map::at(6),
+                            Map::at(7), Map::at(8), Map::at(9), Map::at(10), Map::at(11), Map::at(12), Map::at(13), Map::at(14),
+                            Map::at(15));
+  } else if constexpr (kLanes<T> == 8) {
+    return FOURFOLD_SHUFFLE(a, b, Map::at(0), Map::at(1), Map::at(2), Map::at(3), Map::at(4), Map::at(5), Map::at(6),
+                            Map::at(7));
+  } else if constexpr (kLanes<T> == 4) {
+    return FOURFOLD_SHUFFLE(a, b, Map::at(0), Map::at(1), Map::at(2), Map::at(3));
+  } else {
+    return FOURFOLD_SHUFFLE(a, b, Map::at(0), Map::at(1));
+  }
+}
+template <typename T, typename Map>
+FOURFOLD_INLINE Vec<T> permute(Vec<T> x) {
+  return permute<T, Map>(x, x);
+}
+
+template <int kOffset>
+struct Strided {
+  static constexpr int at(int lane) { return 2 * lane + kOffset; }
+};
+template <int kLanes, int kHigh>
+struct Zipped {
+  static constexpr int at(int lane) { return (lane + kHigh * kLanes) / 2 + lane % 2 * kLanes; }
+};
+
+// even = lanes 0, 2, 4, … of a then b; odd = lanes 1, 3, 5, …
+template <typename T>
+FOURFOLD_INLINE void deinterleave(Vec<T> a, Vec<T> b, Vec<T>& even, Vec<T>& odd) {
+  even = permute<T, Strided<0>>(a, b);
+  odd = permute<T, Strided<1>>(a, b);
+}
+
+// The inverse: low then high = a0 b0 a1 b1 …
+template <typename T>
+FOURFOLD_INLINE void interleave(Vec<T> a, Vec<T> b, Vec<T>& low, Vec<T>& high) {
+  low = permute<T, Zipped<kLanes<T>, 0>>(a, b);
+  high = permute<T, Zipped<kLanes<T>, 1>>(a, b);
+}
+
+// rows[i] lane j <-> rows[j] lane i, over a square of kLanes rows: as many perfect shuffles as a lane number has bits.
+template <typename T>
+FOURFOLD_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  constexpr int kHalf = kLanes<T> / 2;
+#pragma GCC unroll 4
+  for (int round = 1; round < kLanes<T>; round *= 2) {
+    Vec<T> next[kLanes<T>];
+#pragma GCC unroll 8
+    for (int i = 0; i < kHalf; ++i) interleave<T>(rows[i], rows[i + kHalf], next[2 * i], next[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<T>; ++i) rows[i] = next[i];
+  }
+}
+
+}  // namespace FOURFOLD_ISA
+}  // namespace fourfold

@@ -1,0 +1,257 @@
+"""fourfold on two real photos: what the ops do, how long they take beside plain torch, and a picture of it.
+
+make demo, or: python examples/demo.py [--output FILE.png]
+"""
+
+import argparse
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fourfold as ff
+import torch
+import torch.nn.functional as F
+from fourfold.benchmarks.harness import LoadWatch, Race, ratios, set_allocation_state, spread
+from fourfold.reference.blockdct import dct_matrix
+from torch import Tensor
+
+try:
+    from matplotlib.figure import Figure
+    from sklearn.datasets import load_sample_images
+
+    PHOTOS = load_sample_images().images  # two uint8 [427, 640, 3]; decoding them needs pillow
+except ImportError as error:
+    sys.exit(f"the demo needs scikit-learn, pillow and matplotlib ({error}); run: pip install scikit-learn pillow matplotlib")
+
+Call = Callable[[], Tensor]
+SECONDS = 0.7  # of timing per row of the table
+
+# The luminance quantisation table of ITU-T T.81, K.1.
+LUMINANCE = torch.tensor(
+    [
+        [16, 11, 10, 16, 24, 40, 51, 61],
+        [12, 12, 14, 19, 26, 58, 60, 55],
+        [14, 13, 16, 24, 40, 57, 69, 56],
+        [14, 17, 22, 29, 51, 87, 80, 62],
+        [18, 22, 37, 56, 68, 109, 103, 77],
+        [24, 35, 55, 64, 81, 104, 113, 92],
+        [49, 64, 78, 87, 103, 121, 120, 101],
+        [72, 92, 95, 98, 112, 100, 103, 99],
+    ]
+).flatten()
+
+
+# ---- timing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Row:
+    """Ours beside one plain-torch idiom."""
+
+    op: str
+    x: Tensor
+    idiom: str
+    difference: float  # largest, between the two results
+    ours: float  # milliseconds, median
+    plain: float
+    ratio: float  # plain / ours within a round, median
+
+    HEADER = ("op", "input", "plain torch", "ours ms", "plain ms", "ratio", "max difference")
+
+    def cells(self) -> tuple[str, ...]:
+        """As the table shows them."""
+        shape = f"{str(self.x.dtype).removeprefix('torch.')} {list(self.x.shape)}"
+        times = (f"{self.ours:.3g}", f"{self.plain:.3g}", f"{self.ratio:.1f}")
+        return self.op, shape, self.idiom, *times, f"{self.difference:.0e}"
+
+
+def clock(call: Call, loops: int) -> float:
+    """Seconds per call."""
+    start = time.perf_counter()
+    for _ in range(loops):
+        call()
+    return (time.perf_counter() - start) / loops
+
+
+def compare(op: str, x: Tensor, ours: Call, idioms: dict[str, Call]) -> list[Row]:
+    """Compares results, then lets ours and the idioms take turns."""
+    print(f"  timing {op} ...", flush=True)
+    result = ours()
+    # Each value is a sum of at most 64 products, rounded in float32.
+    allowed = 64 * torch.finfo(torch.float32).eps * result.abs().max().item()
+    differences = {name: (call() - result).abs().max().item() for name, call in idioms.items()}
+    for name, difference in differences.items():
+        if not difference <= allowed:
+            sys.exit(f"{op} and {name} differ by {difference:.1e}, more than rounding explains: no time is given")
+    race = Race({op: ours, **idioms}, clock)
+    for _ in range(race.rounds_within(SECONDS * len(idioms), fewest=5)):
+        race.play_round()
+    ms = {name: spread(times)["median"] * 1e3 for name, times in race.times.items()}
+    ratio = {name: ratios(race.times[name], race.times[op])["median"] for name in idioms}
+    return [Row(op, x, name, differences[name], ms[op], ms[name], ratio[name]) for name in idioms]
+
+
+def print_table(rows: list[Row]) -> None:
+    """In aligned columns."""
+    lines = [Row.HEADER, *(row.cells() for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in (lines[0], ["-" * width for width in widths], *lines[1:]):
+        words = (
+            f"{cell:<{width}}" if i < 3 else f"{cell:>{width}}"
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        print(" | ".join(words))
+    print("times are medians of each; ratio is the median of plain / ours within a round, which a busy machine disturbs less")
+
+
+# ---- blockdct --------------------------------------------------------------------------------------------------------
+
+
+def blockdct(photos: Tensor, panel: Any) -> list[Row]:
+    """There and back, few frequencies, a JPEG table; beside convolutions, matrix products and an eager chain."""
+    coefs = ff.block_dct(photos, shift=-128.0, layout="blocks")  # [B, 3, h, w, 64]
+    back = ff.block_idct(coefs, shift=-128.0, layout="blocks", size=photos.shape[2:])
+    print(f"  block_idct(block_dct(photos)) returns the photos to within {(back - photos).abs().max():.0e} of 255 levels")
+
+    order = ff.zigzag()
+    energy = coefs.square().mean((1, 2, 3))  # [B, 64]
+    kept = energy.mean(0)[order].cumsum(0) / energy.mean(0).sum()
+    print(f"  energy: {kept[0]:.1%} in the first zigzag frequency, {kept[5]:.1%} in 6, {kept[23]:.2%} in 24, of 64")
+    draw_blockdct(panel, photos, energy)
+
+    quantised, luma = quantise(photos)
+    table = LUMINANCE.float()
+    decoded = ff.block_idct(
+        ff.dct_normalize(quantised, table, layout="blocks"), layout="blocks", shift=-128.0, size=luma.shape[2:]
+    )
+    zeros = (quantised == 0).float().mean()
+    print(
+        f"  JPEG's luminance table makes {zeros:.0%} of the int16 coefficients zero; the rest decodes to {psnr(decoded, luma)}"
+    )
+    return time_transforms(photos) + time_normalize(quantised, table)
+
+
+def few(photos: Tensor, count: int) -> Tensor:
+    """The photos from their first frequencies in zigzag order; the others are never computed."""
+    freqs = ff.zigzag()[:count]
+    coefs = ff.block_dct(photos, freqs=freqs, shift=-128.0)  # [B, 3 * count, h, w]
+    return ff.block_idct(coefs, freqs=freqs, shift=-128.0, size=photos.shape[2:])
+
+
+def quantise(photos: Tensor) -> tuple[Tensor, Tensor]:
+    """The int16 coefficients [B, 1, h, w, 64] that a JPEG file would hold of the photos' luma, and the luma [B, 1, H, W]."""
+    luma = torch.einsum("bchw,c->bhw", photos, torch.tensor([0.299, 0.587, 0.114]))[:, None]
+    scaled = ff.block_dct(luma, shift=-128.0, layout="blocks", scale=1 / LUMINANCE)
+    return scaled.round().to(torch.int16), luma
+
+
+def psnr(got: Tensor, expected: Tensor) -> str:
+    """Peak signal-to-noise ratio of 8-bit levels."""
+    return f"{10 * math.log10(255**2 / (got.clamp(0, 255) - expected).square().mean().item()):.1f} dB"
+
+
+def time_transforms(photos: Tensor) -> list[Row]:
+    """block_dct and block_idct on the photos' whole blocks, so that plain torch need not pad."""
+    b, c, height, width = photos.shape
+    h, w = height // 8, width // 8
+    x = photos[:, :, : h * 8, : w * 8].contiguous()
+    y = ff.block_dct(x)  # [B, C * 64, h, w]
+    d = dct_matrix(8, x.dtype, x.device)
+    filters = torch.kron(d, d).reshape(64, 1, 8, 8)
+    strips = b * c * h  # each 8 rows of one plane
+    ds, dts = d.expand(strips, 8, 8), d.T.expand(strips, 8, 8)
+
+    def conv2d() -> Tensor:
+        return F.conv2d(x.view(b * c, 1, h * 8, w * 8), filters, stride=8).view(b, c * 64, h, w)
+
+    def two_pass() -> Tensor:
+        across = x.view(-1, 8) @ d.T
+        both = torch.bmm(ds, across.view(strips, 8, w * 8))
+        return both.view(b, c, h, 8, w, 8).permute(0, 1, 3, 5, 2, 4).reshape(b, c * 64, h, w)
+
+    def conv_transpose2d() -> Tensor:
+        return F.conv_transpose2d(y.view(b * c, 64, h, w), filters, stride=8).view_as(x)
+
+    def two_pass_inverse() -> Tensor:
+        laid = y.view(b, c, 8, 8, h, w).permute(0, 1, 4, 2, 5, 3).reshape(strips, 8, w * 8)
+        return (torch.bmm(dts, laid).view(-1, 8) @ d).view_as(x)
+
+    return [
+        *compare("block_dct", x, lambda: ff.block_dct(x), {"conv2d, stride 8": conv2d, "two-pass GEMM + permute": two_pass}),
+        *compare(
+            "block_idct",
+            y,
+            lambda: ff.block_idct(y),
+            {"conv_transpose2d": conv_transpose2d, "permute + two-pass GEMM": two_pass_inverse},
+        ),
+    ]
+
+
+def time_normalize(coefs: Tensor, table: Tensor) -> list[Row]:
+    """dct_normalize to network input, with the statistics of these very photos."""
+    values = coefs * table
+    mean = values.mean((0, 1, 2, 3))
+    std = values.std((0, 1, 2, 3)).clamp(min=1)  # a frequency quantised away altogether has none
+
+    def chain() -> Tensor:
+        return ((coefs.float() * table - mean) / std).permute(0, 1, 4, 2, 3).contiguous()
+
+    return compare("dct_normalize", coefs, lambda: ff.dct_normalize(coefs, table, mean=mean, std=std), {"eager chain": chain})
+
+
+def draw_blockdct(panel: Any, photos: Tensor, energy: Tensor) -> None:
+    """A detail of each photo from ever more frequencies, and where its energy [B, 64] is."""
+    columns = [("original", photos), *((f"{count} of 64 frequencies", few(photos, count)) for count in (1, 6, 24))]
+    v, u = ff.zigzag()[:24] % 8, ff.zigzag()[:24] // 8
+    power = energy.clamp(min=1e-3).log10()
+    axes = panel.subplots(len(photos), len(columns) + 1, width_ratios=[1, 1, 1, 1, 0.8])
+    top, left, height, width = 100, 180, 216, 320
+    for row, line in enumerate(axes):
+        for ax, (name, images) in zip(line[:-1], columns, strict=True):
+            detail = images[row, :, top : top + height, left : left + width].clamp(0, 255)
+            ax.imshow(detail.permute(1, 2, 0).to(torch.uint8).numpy(), interpolation="nearest")
+            ax.set_title(name if images is photos else f"{name}, photo {psnr(images[row], photos[row])}")
+            ax.set_axis_off()
+        ax = line[-1]
+        shown = ax.imshow(power[row].reshape(8, 8).numpy(), vmin=power.min().item(), vmax=power.max().item())
+        ax.plot(v.numpy(), u.numpy(), color="white", marker=".", linewidth=1)
+        ax.set_title("energy (log10), zigzag to 24")
+        ax.set(xticks=range(8), yticks=range(8), ylabel="frequency down")
+        panel.colorbar(shown, ax=ax)
+    axes[-1, -1].set_xlabel("frequency across")
+
+
+SECTIONS = [blockdct]  # one per family: prints what it finds, draws its panel, gives its rows
+
+
+def main() -> None:
+    """Runs the sections."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("fourfold_demo.png"), help="where the picture goes")
+    output = parser.parse_args().output
+
+    threads = torch.get_num_threads()
+    print(f"fourfold {ff.__version__}, {ff.cpu_capability()} kernels, torch {torch.__version__}, {threads} threads")
+    set_allocation_state("heap")
+    photos = torch.stack([torch.tensor(image) for image in PHOTOS]).permute(0, 3, 1, 2).float().contiguous()  # [B, 3, H, W]
+    figure = Figure(figsize=(18, 5.2 * len(SECTIONS)), layout="constrained")
+    panels = figure.subfigures(len(SECTIONS), 1, squeeze=False)[:, 0]
+    rows, watch = [], LoadWatch()
+    for section, panel in zip(SECTIONS, panels, strict=True):
+        print(f"{section.__name__}: {len(photos)} photos of {photos.shape[3]} x {photos.shape[2]}")
+        rows += section(photos, panel)
+    print()
+    print_table(rows)
+    print("Medians of rounds in which all take turns; every call allocates its result, in a heap that keeps its pages.")
+    for warning in watch.warnings():
+        print(f"Not a quiet machine, so don't trust these times: {warning}.")
+    figure.savefig(output, dpi=100)
+    print(f"picture: {output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""fourfold: CoordConv, blockwise DCT, sparse masked matmul and fast CCA as native ops for PyTorch.
+
+``import fourfold as ff``; functions are flat (``ff.block_dct``), modules are in ``ff.nn``. Every function that touches tensors
+is an op of ``torch.ops.fourfold`` or composed of such ops; ``fourfold.reference`` holds their meaning in plain torch.
+"""
+
+from importlib.metadata import version as _version
+
+from . import _load as _load
+from . import nn as nn
+from . import reference as reference
+from ._facts import build_info, cpu_capability, has_cuda, has_jpeg, has_triton
+from .ops.blockdct import block_dct, block_idct, dct_normalize, zigzag
+
+__version__ = _version("fourfold")
+
+__all__ = [
+    "__version__",
+    "block_dct",
+    "block_idct",
+    "build_info",
+    "cpu_capability",
+    "dct_normalize",
+    "has_cuda",
+    "has_jpeg",
+    "has_triton",
+    "nn",
+    "reference",
+    "zigzag",
+]

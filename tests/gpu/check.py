@@ -1,0 +1,232 @@
+"""Every op with a CUDA implementation, on a GPU: is it right, and how near does it come to the memory's bandwidth?
+
+    check.py [--device cuda] [--budget 360] [--output build/gpu-check]     what `make gpu-check` runs
+    check.py --device cpu                                                  the checks themselves, small, on any machine
+    check.py --write docs/gpu.md [--output build/gpu-check]                fill the ledger from the results of a run
+
+Each result is one line of results.jsonl in the output folder, written when it is known, those that matter most first.
+The exit status is 1 where a result is wrong. An op that fails a check gets no speed.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+OPTIONAL = {"triton": "dct_normalize and torch.compile run in it"}
+
+
+def ops_of(row):
+    return row["op"].split(", ")
+
+
+class Run:
+    """The results so far: printed, kept, and appended to a file."""
+
+    def __init__(self, output, budget):
+        output.mkdir(parents=True, exist_ok=True)
+        self.path = output / "results.jsonl"
+        self.path.write_text("")
+        self.rows = []
+        self.end = time.monotonic() + budget
+
+    def add(self, kind, op, name, status, **more):
+        row = {"kind": kind, "op": op, "name": name, "status": status, **more}
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        details = " ".join(f"{key}={value}" for key, value in more.items())
+        print(f"{status:<8}{kind:<8}{op}: {name}  {details}", flush=True)
+
+    def late(self):
+        return time.monotonic() > self.end
+
+    def failed(self, op):
+        return any(
+            row["kind"] == "correct" and row["status"] == "wrong" and set(ops_of(row)) & set(op.split(", "))
+            for row in self.rows
+        )
+
+
+def facts(device):
+    import fourfold as ff
+    import torch
+
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "build": ff.build_info(),
+    }
+    found["triton"] = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["device"] = properties.name
+        found["multiprocessors"] = properties.multi_processor_count
+        found["L2"] = properties.L2_cache_size
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        found["driver"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    else:
+        found["device"] = platform.processor() or platform.machine()
+    return found
+
+
+def told(error):
+    return f"{type(error).__name__}: {error}"[:2000]
+
+
+def check(run, case, device):
+    import torch
+    from gpu.harness import Unavailable
+
+    start = time.monotonic()
+    try:
+        case.run(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except Unavailable as reason:
+        return run.add("correct", case.op, case.name, "skipped", reason=str(reason))
+    except Exception as error:  # the remaining cases still tell something; this row makes the run fail
+        return run.add("correct", case.op, case.name, "wrong", error=told(error))
+    return run.add("correct", case.op, case.name, "ok", seconds=round(time.monotonic() - start, 2))
+
+
+def measure(run, case, device, small, bandwidth):
+    import torch
+    from gpu.harness import seconds_per_call
+
+    name = case.name + (" cut down" if small else "")
+    if run.failed(case.op):
+        return run.add("speed", case.op, name, "skipped", reason="a check of this op failed")
+    torch._dynamo.reset()  # what is compiled here is compiled for these sizes
+    found, problems = {}, []
+    try:
+        contest = case.make(device, small)
+        expected = contest.ours(contest.inputs[0]).double()
+        ours = seconds_per_call(contest.ours, contest.inputs)
+        found["us"] = round(ours * 1e6, 1)
+        found["share"] = None if small else round(contest.moved / ours / bandwidth, 3)  # small: it is all in a cache
+        for rival, call in contest.rivals.items():
+            error = (call(contest.inputs[0]).double() - expected).abs().max().item()
+            if error <= contest.tolerance:
+                found[f"times {rival}"] = round(seconds_per_call(call, contest.inputs) / ours, 2)
+            else:
+                problems.append(f"{rival} differs by {error:.3g}")
+    except Exception as error:  # as in check: told, and the run fails
+        problems.append(told(error))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if problems:
+        return run.add("speed", case.op, name, "wrong", error="; ".join(problems), **found)
+    return run.add("speed", case.op, name, "ok", **found)
+
+
+def everything(device, budget, output):
+    import torch
+    from gpu import cases_blockdct, harness
+
+    families = (cases_blockdct,)
+    small = device.type != "cuda"
+    if not small and not torch.cuda.is_available():
+        sys.exit("gpu-check needs a GPU that torch can use; run it with --device cpu to try the checks themselves")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # rivals compute what we compute
+    run = Run(output, budget)
+    today = datetime.date.today().isoformat()
+    run.add("facts", "", "machine", "ok", date=today, kind_of_device=device.type, **facts(device))
+    for package, use in OPTIONAL.items():
+        if importlib.util.find_spec(package) is None:
+            run.add("package", "", package, "skipped", reason=f"not installed; {use}")
+    bandwidth = harness.copy_bandwidth(device, small)
+    run.add("facts", "", "copy", "ok", GB_per_s=round(bandwidth / 1e9, 1))
+
+    for hot in (True, False):
+        for family in families:
+            for case in family.CHECKS:
+                if case.hot == hot and run.late():
+                    run.add("correct", case.op, case.name, "skipped", reason="out of time")
+                elif case.hot == hot:
+                    check(run, case, device)
+            for case in family.SPEEDS[: 2 if small else None]:
+                if case.hot == hot and run.late():
+                    run.add("speed", case.op, case.name, "skipped", reason="out of time")
+                elif case.hot == hot:
+                    measure(run, case, device, small, bandwidth)
+    return run.rows
+
+
+def summary(rows):
+    """{op: (verdict, share)} in words."""
+    ops = sorted({op for row in rows if row["kind"] == "correct" for op in ops_of(row)})
+    words = {}
+    for op in ops:
+        checks = [row for row in rows if row["kind"] == "correct" and op in ops_of(row)]
+        wrong = [row["name"] for row in checks if row["status"] == "wrong"]
+        done = sum(row["status"] == "ok" for row in checks)
+        skipped = len(checks) - done - len(wrong)
+        verdict = f"no: {wrong[0]}" if wrong else f"yes, {done} checks" + (f", {skipped} skipped" if skipped else "")
+        shares = [row for row in rows if row["kind"] == "speed" and row["op"] == op and row["status"] == "ok" and row["share"]]
+        share = f"{shares[0]['share']:.2f} of copy ({shares[0]['name']})" if shares else "not measured"
+        words[op] = verdict, share
+    return words
+
+
+def write_ledger(rows, ledger):
+    """Replaces the rows of the ops that were checked."""
+    machine = next(row for row in rows if row["name"] == "machine")
+    if machine["kind_of_device"] != "cuda":
+        sys.exit("these results are not of a GPU; the ledger stays as it is")
+    text = ledger.read_text()
+    for op, (verdict, share) in summary(rows).items():
+        row = f"| `{op}` | {verdict} | {share} | {machine['device']} | {machine['date']} |"
+        text, count = re.subn(rf"^\| `{op}` \|.*$", row.replace("\\", r"\\"), text, flags=re.MULTILINE)
+        if count != 1:
+            sys.exit(f"{ledger} has {count} rows for {op}; it must have one")
+    ledger.write_text(text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=360,
+        help="seconds after which no further case starts",
+    )
+    parser.add_argument("--output", type=Path, default=Path("build/gpu-check"))
+    parser.add_argument(
+        "--write",
+        type=Path,
+        help="run nothing: fill this ledger from the results in --output",
+    )
+    given = parser.parse_args()
+    if given.write:
+        write_ledger(
+            [json.loads(line) for line in (given.output / "results.jsonl").read_text().splitlines()],
+            given.write,
+        )
+        return 0
+
+    import torch
+
+    warnings.simplefilter("ignore", UserWarning)
+    rows = everything(torch.device(given.device), given.budget, given.output)
+    print(f"\n{'op':<16}{'correct?':<44}share of bandwidth")
+    for op, (verdict, share) in summary(rows).items():
+        print(f"{op:<16}{verdict:<44}{share}")
+    wrong = [row for row in rows if row["status"] == "wrong"]
+    skipped = sum(row["status"] == "skipped" for row in rows)
+    print(f"{len(rows)} rows, {len(wrong)} wrong, {skipped} skipped: {given.output / 'results.jsonl'}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,372 @@
+"""The benchmark harness: its statistics, its refusal to time wrong answers, its files, and that no op is without a case."""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("pytest_benchmark")
+fourfold = pytest.importorskip("fourfold")
+
+from fourfold.benchmarks import __main__ as program  # noqa: E402
+from fourfold.benchmarks import cases, every_case, harness, report  # noqa: E402
+from fourfold.benchmarks.harness import Case, Contestant, Session, Settings, Tolerance  # noqa: E402
+from fourfold.benchmarks.options import add_options, to_arguments, to_settings  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+TOLERANCE = Tolerance(1e-6, 1e-6)
+
+
+def doubled(name: str, factor: float = 2.0) -> Contestant:
+    return Contestant(name, lambda x, state: lambda: x * factor)
+
+
+def toy(ours: float = 2.0, rival: float = 2.0, **changes) -> Case:
+    """An op that doubles; other factors are wrong."""
+    given = {
+        "family": "toy",
+        "op": "double",
+        "label": "100",
+        "problem": lambda device: torch.arange(1.0, 101.0, device=device),
+        "reference": lambda x: x.double() * 2,
+        "ours": doubled("fourfold", ours),
+        "rivals": (doubled("sound"), doubled("rival", rival)),
+        "tolerance": TOLERANCE,
+        "state": "heap",
+        "bytes": 800,
+        "flops": 100,
+    }
+    return Case(**(given | changes))
+
+
+@pytest.fixture
+def session():
+    threads = torch.get_num_threads()
+    yield Session(Settings(quick=True, seconds=0.2), fourfold, runs=1)
+    torch.set_num_threads(threads)
+
+
+# --- statistics -----------------------------------------------------------------------------------------------------------
+
+
+def test_spread_of_a_known_series():
+    assert harness.spread([5, 1, 4, 2, 3]) == {"median": 3, "q1": 2, "q3": 4, "min": 1, "max": 5}
+
+
+def test_ratios_are_taken_within_each_round():
+    # A machine that halves its speed from round to round: each round says 3, the ratio of medians would say 12 / 2 = 6.
+    ours, rival = [1, 2, 4], [3, 6, 12]
+    assert harness.ratios(rival, ours) == {"median": 3, "q1": 3, "q3": 3, "min": 3, "max": 3}
+    assert harness.ratios([3, 12, 6], [1, 2, 4])["median"] == 3  # round by round 3, 6, 1.5
+
+
+def test_ratios_refuse_series_of_unequal_length():
+    with pytest.raises(ValueError, match="shorter"):
+        harness.ratios([1, 2], [1])
+
+
+def test_everybody_starts_in_turn_and_laps_change_direction():
+    orders = [harness.turn_order("abc", turn) for turn in range(6)]
+    assert ["".join(order) for order in orders] == ["abc", "bca", "cab", "cba", "acb", "bac"]
+
+
+class FakeClock:
+    """A clock on which `name` takes seconds[name] a call, and that remembers who ran."""
+
+    def __init__(self, **seconds: float):
+        self.seconds, self.ran = seconds, []
+
+    def call(self, name: str):
+        return lambda: self.ran.append(name)
+
+    def __call__(self, call, loops):
+        call()
+        return self.seconds[self.ran[-1]]
+
+
+def test_a_race_interleaves_and_loops_short_calls():
+    clock = FakeClock(short=harness.TIMING_SECONDS / 10, long=harness.CACHED_SECONDS * 2)
+    race = harness.Race({name: clock.call(name) for name in clock.seconds}, clock)
+    assert race.loops == {"short": 10, "long": 1}
+    assert race.leads == {"short": 10, "long": 0}
+    assert race.round_seconds == pytest.approx(2 * harness.TIMING_SECONDS + 2 * harness.CACHED_SECONDS)
+    clock.ran.clear()
+    race.play_round()
+    assert clock.ran == ["short"] * 11 + ["long"]
+    race.play_round()
+    assert clock.ran[12:] == ["long"] + ["short"] * 11
+    assert race.times == {name: [seconds] * 2 for name, seconds in clock.seconds.items()}
+    assert race.rounds_within(0.0, fewest=3) == 3
+    assert race.rounds_within(race.round_seconds * 20.5, fewest=3) == 20
+    assert race.rounds_within(1e9, fewest=3) == harness.LARGEST_ROUNDS
+
+
+# --- checking -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("got", "complaint"),
+    [
+        ([1.0, 2.0], None),
+        ([1.0, 2.0 + 2e-6], None),
+        ([1.0, 2.0 + 4e-6], "largest error 4e-06, tolerance 1e-06 + 1e-06"),
+        ([1.0, math.nan], "largest error inf"),
+        ([math.inf, 2.0], "largest error inf"),
+        ([1.0], "shape"),
+    ],
+)
+def test_deviation(got, complaint):
+    got, expected = (torch.tensor(values, dtype=torch.float64) for values in (got, [1.0, 2.0]))
+    _, found = harness.deviation(got, expected, TOLERANCE)
+    assert found == complaint if complaint is None else complaint in found
+
+
+def test_a_sound_case_is_timed(session):
+    result = session.run(toy(), threads=1)
+    assert result["wrong"] == {} and set(result["ms"]) == {"fourfold", "sound", "rival", "copy_"}
+    assert result["rounds"] >= 3 and all(spread["min"] > 0 for spread in result["ms"].values())
+    best = min(result["ratio"], key=lambda name: result["ratio"][name]["median"])
+    assert result["best_rival"] == best and best in report.line(result)
+    assert result["copy_share"]["median"] > 0 and result["gemm_share"] > 0
+
+
+def test_a_wrong_rival_gets_no_time(session):
+    result = session.run(toy(rival=2.001), threads=1)
+    assert set(result["wrong"]) == {"rival"} and result["errors"]["rival"] == pytest.approx(0.1, rel=1e-3)
+    assert "rival" not in result["ms"] and "rival" not in result["ratio"] and result["best_rival"] == "sound"
+    assert "rival WRONG, no time (largest error 0.1" in report.line(result)
+
+
+def test_no_time_at_all_where_ours_is_wrong(session):
+    result = session.run(toy(ours=1.999), threads=1)
+    assert set(result["wrong"]) == {"fourfold"} and "ms" not in result and "ratio" not in result
+    assert report.line(result).startswith("double 100 [heap] 1 thread: fourfold WRONG, no time (largest error 0.1")
+
+
+def test_an_overhead_is_the_difference_to_clone(session):
+    result = session.run(toy(rivals=(), overhead=True, overhead_goal=1e6), threads=1)
+    assert set(result["ms"]) == {"fourfold", "clone"} and "copy_share" not in result
+    between = [result["ms"]["fourfold"][key] - result["ms"]["clone"][other] for key, other in (("min", "max"), ("max", "min"))]
+    assert between[0] * 1e3 <= result["overhead_us"]["median"] <= between[1] * 1e3
+
+
+@pytest.mark.parametrize(("changes", "code"), [({}, 0), ({"rival": 3.0}, 1), ({"ours": 3.0}, 1)])
+def test_a_wrong_answer_fails_the_run(monkeypatch, tmp_path, capsys, changes, code):
+    case = toy(**changes)
+    monkeypatch.setattr(program, "every_case", lambda settings: [case])
+    monkeypatch.setattr(program, "find_spec", lambda name: None)  # the plain loop: no pytest inside pytest
+    written = [tmp_path / "run.json", tmp_path / "run.html"]
+    arguments = ["--seconds=0.1", "--threads=1", f"--json={written[0]}", f"--report={written[1]}"]
+    assert program.main(arguments) == code
+    assert ("WRONG, no time" in capsys.readouterr().out) == bool(code)
+    assert bool(report.load(written[0])["results"][0]["wrong"]) == bool(code)
+    assert ("WRONG" in written[1].read_text()) == bool(code)
+
+
+def test_a_wrong_answer_fails_under_pytest(tmp_path):
+    bench = tmp_path / "bench_toy.py"
+    bench.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "from test_benchmarks import toy\n"
+        "def cases(settings): return [toy(), toy(rival=3.0, label='wrong')]\n"
+        "def test_speed(case, threads, race): race(case, threads)\n"
+    )
+    options = (
+        "-c /dev/null -p fourfold.benchmarks.conftest -p no:cacheprovider --benchmark-json=all.json --seconds=0.2 --threads=1"
+    )
+    command = [sys.executable, "-m", "pytest", *options.split(), "--benchmark-only", "--rootdir", str(tmp_path), str(bench)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
+    assert "rival WRONG, no time" in done.stdout
+    kept = json.loads((tmp_path / "all.json").read_text())["benchmarks"]
+    sound = next(entry["extra_info"] for entry in kept if entry["extra_info"]["label"] == "100")
+    assert sound["bytes"] == 800 and sound["flops"] == 100 and set(sound["ratio"]) == {"sound", "rival"}
+    assert next(entry for entry in kept if entry["extra_info"] == sound)["stats"]["rounds"] == sound["rounds"]
+
+
+# --- the machine ----------------------------------------------------------------------------------------------------------
+
+
+PAGE_FAULTS = """
+import torch
+from fourfold.benchmarks.harness import page_faults, set_allocation_state
+def faults(state):
+    set_allocation_state(state)
+    for call in range(12):
+        if call == 8:
+            before = page_faults()
+        torch.ones(4_000_000)
+    return page_faults() - before
+print(faults("fresh"), faults("heap"))
+try:
+    set_allocation_state("fresh")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+def test_allocation_states_decide_about_page_faults():
+    # In a process of its own: the heap of this one is already kept.
+    done = subprocess.run([sys.executable, "-c", PAGE_FAULTS], capture_output=True, text=True, check=True)
+    counts, refusal = done.stdout.splitlines()
+    fresh, kept = map(int, counts.split())
+    # 64 MB anew: 16 000 pages of 4 KiB, or 32 of 2 MiB where the kernel gives huge ones.
+    assert kept < 16 < 32 <= fresh
+    assert refusal.startswith("the allocation state 'fresh' must come first")
+
+
+def test_the_watch_sees_others_and_a_slower_machine(monkeypatch):
+    monkeypatch.setattr(harness, "_calibration", iter([1.0, 1.5]).__next__)
+    monkeypatch.setattr(harness, "_cpu_ticks", iter([(0, 0, 0), (600_000, 50_000, 1_000_000)]).__next__)
+    slower, others, stolen = harness.LoadWatch().warnings()
+    assert slower == "a fixed loop ran 50% slower after the case than before it"
+    assert others == "other processes took 60% of the machine"
+    assert stolen == "5% of the machine's time was stolen by its host"
+
+
+def test_the_watch_is_silent_on_a_quiet_machine(monkeypatch):
+    monkeypatch.setattr(harness, "_calibration", lambda: 1.0)
+    monkeypatch.setattr(harness, "_cpu_ticks", iter([(0, 0, 0), (10_000, 0, 1_000_000)]).__next__)
+    assert harness.LoadWatch().warnings() == []
+
+
+# --- files ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_json_holds_what_a_reader_needs(session, tmp_path):
+    session.run(toy(), threads=1)
+    report.save(session, tmp_path / "run.json")
+    document = report.load(tmp_path / "run.json")
+    [stored], [kept] = document["results"], session.results
+    assert stored.keys() == kept.keys() and stored["bytes"] == kept["bytes"] and stored["tolerance"] == kept["tolerance"]
+    assert stored["ratio"]["rival"]["median"] == pytest.approx(kept["ratio"]["rival"]["median"], rel=1e-3)
+    assert document["torch"] == torch.__version__ and document["capability"] == fourfold.cpu_capability()
+    assert document["build"] == json.loads(json.dumps(fourfold.build_info()))
+    assert document["states"].keys() == {"out", "heap", "fresh"} and document["gemm_peak_flops"]["1"] > 0
+    assert {"cpu", "cores", "memory_gib"} <= document["machine"].keys()
+    assert list(tmp_path.iterdir()) == [tmp_path / "run.json"]
+
+
+def test_only_a_results_file_is_loaded(tmp_path):
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"other\.json: must be a results file"):
+        report.load(tmp_path / "other.json")
+
+
+def test_the_html_report_is_one_file_with_charts(session):
+    pytest.importorskip("matplotlib")
+    result = session.run(toy(label="<100>"), threads=1)
+    result["warnings"] = ["other processes took 60% of the machine"]
+    page = report.render_html(session.document())
+    assert page.count("<svg") == 1 and "&lt;100&gt;" in page and "<100>" not in page and "60% of the machine" in page
+    assert not any(outside in page for outside in ("<script", "<link", "<img", 'src="', 'href="http'))
+
+
+def test_readme_is_changed_between_the_markers_only(session):
+    session.run(toy(headline=True), threads=1)
+    session.run(toy(headline=False, op="hidden"), threads=1)
+    document = session.document()
+    filled = report.into_readme(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", document)
+    assert filled == f"before\n{report.BEGIN}\n{report.readme_table(document)}\n{report.END}\nafter\n"
+    assert "`double`" in filled and "hidden" not in filled
+    assert report.into_readme(filled, document) == filled
+    with pytest.raises(ValueError, match="once each"):
+        report.into_readme("no markers", document)
+
+
+def _stored() -> dict[str, report.Document]:
+    return {path.name: report.load(path) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))}
+
+
+def test_readme_shows_the_stored_run():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    stored = _stored()
+    assert report.README_RUN in stored, f"store a run as benchmarks/results/{report.README_RUN} with --json"
+    assert report.into_readme(readme, stored[report.README_RUN]) == readme, "run python -m fourfold.benchmarks --render"
+
+
+def test_docs_show_the_stored_runs():
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert report.docs_page(_stored()) == page, "run python -m fourfold.benchmarks --render"
+
+
+def test_a_stored_run_holds_no_wrong_answer_and_no_path():
+    for name, document in _stored().items():
+        assert not any(result["wrong"] for result in document["results"]), name
+        assert str(Path.home()) not in json.dumps(document) and str(Path.cwd()) not in json.dumps(document), name
+
+
+# --- the command line -----------------------------------------------------------------------------------------------------
+
+
+def test_list(capsys):
+    assert program.main(["--list", "--quick", "--op", "block_dct"]) == 0
+    names = capsys.readouterr().out.splitlines()
+    assert "block_dct planar 8x3x224x224 N=8 float32 [out]" in names and all(name.startswith("block_dct ") for name in names)
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--family", "nope"], "--family: must be one of blockdct"),
+        (["--op", "nope"], "no case fits"),
+        (["--threads", "0"], "must be thread counts like 1 or 1,2, got '0'"),
+        (["--threads", "1,two"], "must be thread counts like 1 or 1,2, got '1,two'"),
+    ],
+)
+def test_wrong_options(capsys, arguments, complaint):
+    with pytest.raises(SystemExit) as stopped:
+        program.main([*arguments, "--list"])
+    assert stopped.value.code == 2 and complaint in capsys.readouterr().err
+
+
+def test_settings_survive_the_way_through_pytest():
+    parser = argparse.ArgumentParser()
+    add_options(parser.add_argument)
+    settings = Settings(True, "cpu", (1, 3), "blockdct", "block_dct", "8x3", True, 7, True, 12.5)
+    assert to_settings(parser.parse_args(to_arguments(settings))) == settings
+
+
+def test_random_shapes_lie_in_the_stated_range_and_follow_the_seed():
+    assert cases.random_images(1) == cases.random_images(1) != cases.random_images(2)
+    for seed in range(50):
+        for (b, c, height, width), _ in cases.random_images(seed):
+            assert b % 2 == 1 and 1 <= b <= 15 and 1 <= c <= 4 and 97 <= height <= 640 and 97 <= width <= 640
+    drawn = [case.label for case in every_case(Settings(random_shapes=True, seed=5))]
+    assert drawn and all(any(str(shape) in label for shape in cases.random_images(5)) or "int16" in label for label in drawn)
+
+
+def test_the_whole_program_on_one_case(tmp_path):
+    command = [sys.executable, "-m", "fourfold.benchmarks", "--op=dct_normalize", "--match=1x1x64", "--seconds=0.5"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1/1 dct_normalize int16 1x1x64" in done.stdout and "over clone" in done.stdout
+    document = report.load(tmp_path / "fourfold-benchmarks.json")
+    assert [result["op"] for result in document["results"]] == ["dct_normalize"]
+    assert (tmp_path / "fourfold-benchmarks.html").read_text().startswith("<!doctype html>")
+
+
+# --- no op without a case -------------------------------------------------------------------------------------------------
+
+
+def _leaf_ops() -> set[str]:
+    names = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("fourfold::")}
+    return {name.removeprefix("fourfold::") for name in names if not name.startswith("fourfold::_")}
+
+
+def test_every_leaf_op_is_raced_and_its_overhead_stated():
+    ops = _leaf_ops()
+    assert "block_dct" in ops
+    for settings in (Settings(), Settings(quick=True)):
+        chosen = every_case(settings)
+        assert {case.op for case in chosen if case.rivals and not case.overhead} == ops
+        assert {case.op for case in chosen if case.overhead and case.overhead_goal} == ops
+        names = [case.name for case in chosen]
+        assert len(names) == len(set(names))

@@ -1,0 +1,111 @@
+"""The CUDA sources compiled for the CPU and run thread by thread, see gpu/cuda_on_host.h."""
+
+import ctypes
+import os
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from gpu import cases_blockdct as blockdct
+from gpu.harness import DTYPES
+
+HERE = Path(__file__).resolve().parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("the emulation needs g++")
+    path = tmp_path_factory.mktemp("emulation") / "fourfold_on_host.so"
+    installed = Path(torch.__file__).parent
+    command = [
+        compiler,
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-shared",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000ULL",
+    ]
+    command += [
+        "-fsanitize=alignment,bounds",
+        "-fno-sanitize-recover=all",
+    ]  # vector accesses must be aligned, as on a GPU
+    command += [
+        f"-I{HERE / 'gpu'}",
+        f"-I{HERE.parent / 'csrc'}",
+        "-isystem",
+        f"{installed / 'include'}",
+    ]
+    command += [
+        f"{HERE / 'gpu/emulate.cpp'}",
+        f"-L{installed / 'lib'}",
+        "-Wl,--no-as-needed",
+        "-ltorch",
+        "-ltorch_cpu",
+    ]
+    built = subprocess.run([*command, "-o", str(path)], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    torch.ops.load_library(path)
+    return ctypes.CDLL(str(path))
+
+
+@pytest.fixture(scope="module")
+def ops(library):
+    return torch.ops.fourfold_on_host
+
+
+def test_division(library):
+    draw = random.Random(0)
+    divisors = [
+        *range(1, 70),
+        *(2**k + d for k in range(7, 31) for d in (-1, 0, 1)),
+        *(draw.randrange(1, 2**31) for _ in range(200)),
+    ]
+    for d in divisors:
+        multiple = d * draw.randrange(1, 2**31 // d + 1)
+        for n in (
+            0,
+            1,
+            d - 1,
+            d,
+            multiple - 1,
+            min(multiple, 2**31 - 1),
+            2**31 - 1,
+            draw.randrange(2**31),
+        ):
+            assert library.quotient(n, d) == n // d, (n, d)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=blockdct.name_of)
+@pytest.mark.parametrize("layout", blockdct.LAYOUTS)
+@pytest.mark.parametrize("n", blockdct.SIZES)
+def test_matches_the_reference(ops, n, layout, dtype):
+    blockdct.matches(ops, n, layout, dtype, CPU)
+
+
+def test_many_tiles(ops):
+    blockdct.many_tiles(ops, CPU)
+
+
+def test_nothing_to_do(ops):
+    blockdct.nothing_to_do(ops, CPU)
+
+
+def test_refusals(ops):
+    with pytest.raises((RuntimeError, ValueError), match="scale must be"):
+        ops.block_dct(torch.zeros(1, 3, 8, 8), 8, "planar", None, torch.ones(2, 64), 0.0)
+    with pytest.raises((RuntimeError, ValueError), match="out has shape"):
+        ops._block_dct_out(
+            torch.zeros(1, 3, 8, 8),
+            8,
+            "planar",
+            None,
+            None,
+            0.0,
+            torch.zeros(1, 3, 8, 8),
+        )
