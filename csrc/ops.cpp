@@ -21,4 +21,18 @@ STABLE_TORCH_LIBRARY(fourfold, m) {
   m.def(
       "dct_normalize(Tensor coefs, Tensor qtable, Tensor? mean, Tensor? std, int[]? freqs, str layout, ScalarType dtype) "
       "-> Tensor");
+
+  // coordconv: a convolution's plan is taps [k, out] and valid [classes, k] in the map's type, and classes [out] in int32, of
+  // all spatial axes one after the other; out_size, kernel, class_count and channels (the axis's coordinate channel) go by
+  // axis.
+  m.def(
+      "_coord_tables(Tensor coord_weight, Tensor taps, Tensor valid, int[] out_size, int[] class_count, int[] channels, "
+      "bool channels_last) -> Tensor");
+  m.def(
+      "_coord_tables_backward(Tensor map_grad, Tensor taps, Tensor valid, Tensor classes, int[] kernel, int[] class_count, "
+      "int[] channels, int coord_channels) -> (Tensor, Tensor)");
+  m.def(
+      "_add_map_(Tensor(a!) y, Tensor tables, Tensor classes, int[] class_count, Tensor? dense, str activation, "
+      "Tensor(b!)? activated) -> ()");
+  m.def("_batch_sum(Tensor grad, Tensor? relu_output) -> (Tensor, Tensor)");
 }

@@ -9,48 +9,14 @@
 
 namespace fourfold {
 
-// One table per tier that this build has; see CMakeLists.txt.
-#define FOURFOLD_TABLE(tier)                       \
-  namespace tier {                                 \
-  extern const blockdct::Kernels blockdct_kernels; \
-  }
-#if defined(__x86_64__)
-FOURFOLD_TABLE(baseline)
-FOURFOLD_TABLE(avx2)
-FOURFOLD_TABLE(avx512)
-FOURFOLD_TABLE(avx512_bf16)
-#elif defined(__aarch64__)
-FOURFOLD_TABLE(neon)
-#else
-FOURFOLD_TABLE(baseline)
-#endif
+FOURFOLD_DECLARE_KERNELS(blockdct)
 
 namespace blockdct {
 namespace {
 
 const Kernels& kernels() {
-#if defined(__x86_64__)
-  static const Kernels& best = best_table<Kernels>(
-      {&baseline::blockdct_kernels, &avx2::blockdct_kernels, &avx512::blockdct_kernels, &avx512_bf16::blockdct_kernels});
-#elif defined(__aarch64__)
-  static const Kernels& best = neon::blockdct_kernels;
-#else
-  static const Kernels& best = baseline::blockdct_kernels;
-#endif
+  static const Kernels& best = FOURFOLD_BEST_KERNELS(blockdct);
   return best;
-}
-
-Element element_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Half:
-      return kHalf;
-    case ScalarType::BFloat16:
-      return kBFloat16;
-    case ScalarType::Double:
-      return kDouble;
-    default:
-      return kFloat;
-  }
 }
 
 int size_index(int64_t n) { return __builtin_ctzll(n) - 1; }
@@ -139,7 +105,7 @@ void for_all_tiles(const Geometry& g, const Tensor& like, int64_t tile_blocks, c
 void run_forward(const Geometry& g, const Tensor& x, const Tensor& coefs, const std::optional<Tensor>& scale, double shift,
                  Edge edge, bool reciprocal, bool warm) {
   if (g.empty()) return;
-  const Element element = element_of(x.scalar_type());
+  const Element element = element_of(x);
   const int64_t bytes = x.element_size();
   const Plane p = plane_of(g, edge, shift, coefs.numel() * bytes, warm);
   const Forward forward = kernels().forward[element][size_index(g.N)];
@@ -155,7 +121,7 @@ void run_forward(const Geometry& g, const Tensor& x, const Tensor& coefs, const 
 void run_inverse(const Geometry& g, const Tensor& y, const Tensor& image, const std::optional<Tensor>& scale, double shift,
                  Edge edge, bool reciprocal, bool warm) {
   if (g.B * g.C * g.H * g.W == 0) return;
-  const Element element = element_of(y.scalar_type());
+  const Element element = element_of(y);
   const int64_t bytes = y.element_size();
   const Plane p = plane_of(g, edge, shift, image.numel() * bytes, warm);
   const Inverse inverse = kernels().inverse[element][size_index(g.N)];
@@ -251,7 +217,7 @@ template <typename T>
 void run_normalize(const Geometry& g, const Tensor& coefs, const Tensor& qtable, const std::optional<Tensor>& mean,
                    const std::optional<Tensor>& std, const Tensor& out, int64_t planes, int64_t blocks) {
   const std::vector<T> means = by_frequency<T>(g, mean, T{0}), stds = by_frequency<T>(g, std, T{1});
-  const NormalizeBlocks normalize = kernels().normalize[element_of(out.scalar_type())];
+  const NormalizeBlocks normalize = kernels().normalize[element_of(out)];
   const int16_t* from = static_cast<const int16_t*>(coefs.const_data_ptr());
   const T* tables = static_cast<const T*>(qtable.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());

@@ -13,7 +13,6 @@
 
 namespace fourfold::blockdct {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Freqs = std::optional<std::vector<int64_t>>;
 
@@ -63,16 +62,6 @@ inline Geometry describe(const char* op, int64_t block_size, const std::string& 
     g.slots[f] = static_cast<int16_t>(slot);
   }
   return g;
-}
-
-inline void require_floating(const char* op, const char* name, const Tensor& x) {
-  const ScalarType t = x.scalar_type();
-  require(t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::Half || t == ScalarType::BFloat16, op, ": ",
-          name, " must be float16, bfloat16, float32 or float64");
-}
-
-inline ScalarType accumulate_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 // Takes the image's sizes from a given H and W.

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/element.h"
+
 namespace fourfold::blockdct {
 
 // How one plane's coefficients lie: `plane`: the blocks of a frequency are contiguous; `block`: the frequencies of a block are;
@@ -36,7 +38,6 @@ struct Plane {
 using Forward = void (*)(const Plane& plane, const void* image, void* coefs, const void* scale, int64_t first, int64_t last);
 using Inverse = void (*)(const Plane& plane, const void* coefs, void* image, const void* scale, int64_t first, int64_t last);
 
-enum Element { kHalf, kBFloat16, kFloat, kDouble, kElements };
 constexpr int kBlockSizes = 5;  // 2, 4, 8, 16, 32
 
 // (coefs * table - mean) / std over blocks [.., 64]. table, mean and std: [64] by row-major frequency, of the accumulation

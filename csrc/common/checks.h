@@ -8,7 +8,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/element.h"
+
 namespace fourfold {
+
+using torch::headeronly::ScalarType;
 
 // Throws what reaches Python as a ValueError, with nothing but our own words in it (STD_TORCH_CHECK would add file and line).
 template <typename... Words>
@@ -31,6 +35,29 @@ inline void require_same_device(const char* op, const char* name, const torch::s
                                 const torch::stable::Tensor& x) {
   require(tensor.is_cuda() == x.is_cuda() && tensor.is_cpu() == x.is_cpu() && tensor.get_device_index() == x.get_device_index(),
           op, ": ", name, " must be on the input's device; move it there with .to(x.device)");
+}
+
+inline void require_floating(const char* op, const char* name, const torch::stable::Tensor& x) {
+  const ScalarType t = x.scalar_type();
+  require(t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::Half || t == ScalarType::BFloat16, op, ": ",
+          name, " must be float16, bfloat16, float32 or float64");
+}
+
+inline ScalarType accumulate_type(const torch::stable::Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Element element_of(const torch::stable::Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Half:
+      return kHalf;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Double:
+      return kDouble;
+    default:
+      return kFloat;
+  }
 }
 
 }  // namespace fourfold

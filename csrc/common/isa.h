@@ -23,4 +23,27 @@ const Table& best_table(const Table* const (&tables)[kTiers]) {
   return *tables[tier];
 }
 
+// FOURFOLD_DECLARE_KERNELS(family), in namespace fourfold: the tables family_kernels, of type family::Kernels, of the tiers
+// that this build has (see CMakeLists.txt). FOURFOLD_BEST_KERNELS(family): the one to use.
+#define FOURFOLD_DECLARE_TIER(tier, family)      \
+  namespace tier {                               \
+  extern const family::Kernels family##_kernels; \
+  }
+#if defined(__x86_64__)
+#define FOURFOLD_DECLARE_KERNELS(family)  \
+  FOURFOLD_DECLARE_TIER(baseline, family) \
+  FOURFOLD_DECLARE_TIER(avx2, family)     \
+  FOURFOLD_DECLARE_TIER(avx512, family)   \
+  FOURFOLD_DECLARE_TIER(avx512_bf16, family)
+#define FOURFOLD_BEST_KERNELS(family) \
+  best_table<family::Kernels>(        \
+      {&baseline::family##_kernels, &avx2::family##_kernels, &avx512::family##_kernels, &avx512_bf16::family##_kernels})
+#elif defined(__aarch64__)
+#define FOURFOLD_DECLARE_KERNELS(family) FOURFOLD_DECLARE_TIER(neon, family)
+#define FOURFOLD_BEST_KERNELS(family) neon::family##_kernels
+#else
+#define FOURFOLD_DECLARE_KERNELS(family) FOURFOLD_DECLARE_TIER(baseline, family)
+#define FOURFOLD_BEST_KERNELS(family) baseline::family##_kernels
+#endif
+
 }  // namespace fourfold

@@ -10,15 +10,23 @@ from . import _load as _load
 from . import nn as nn
 from . import reference as reference
 from ._facts import build_info, cpu_capability, has_cuda, has_jpeg, has_triton
+from .ops._coord_plan import CoordSpec
 from .ops.blockdct import block_dct, block_idct, dct_normalize, zigzag
+from .ops.coordconv import add_coords, coord_conv1d, coord_conv2d, coord_conv3d, coord_conv_transpose2d
 
 __version__ = _version("fourfold")
 
 __all__ = [
+    "CoordSpec",
     "__version__",
+    "add_coords",
     "block_dct",
     "block_idct",
     "build_info",
+    "coord_conv1d",
+    "coord_conv2d",
+    "coord_conv3d",
+    "coord_conv_transpose2d",
     "cpu_capability",
     "dct_normalize",
     "has_cuda",

@@ -22,7 +22,7 @@ _C.cpu_capability()
 _LIBRARIES = Path(_C.__file__).parent
 
 #: Ops whose CUDA implementation is a Triton launcher of the same name; every other op's is CUDA C++.
-TRITON_OPS = ("dct_normalize",)
+TRITON_OPS = ("dct_normalize", "_coord_tables", "_coord_tables_backward", "_add_map_", "_batch_sum")
 
 #: Why an op's CUDA implementation is missing: {"cuda" or "triton": reason and remedy}. Empty on machines without a GPU.
 missing: dict[str, str] = {}
@@ -55,7 +55,7 @@ def _load_triton() -> None:
         missing["triton"] = f"Triton is not usable ({error}); run: pip install triton"
         return
     for name in TRITON_OPS:
-        _registrations.impl(name, getattr(triton_kernels, name), "CUDA")
+        _registrations.impl(name, getattr(triton_kernels, name.strip("_")), "CUDA")
 
 
 def _fall_back() -> None:

@@ -1,5 +1,14 @@
 """Drop-in modules."""
 
 from .blockdct import BlockDCT2d, BlockIDCT2d
+from .coordconv import AddCoords, CoordConv1d, CoordConv2d, CoordConv3d, CoordConvTranspose2d
 
-__all__ = ["BlockDCT2d", "BlockIDCT2d"]
+__all__ = [
+    "AddCoords",
+    "BlockDCT2d",
+    "BlockIDCT2d",
+    "CoordConv1d",
+    "CoordConv2d",
+    "CoordConv3d",
+    "CoordConvTranspose2d",
+]

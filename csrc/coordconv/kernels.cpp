@@ -1,0 +1,272 @@
+// CoordConv kernels, compiled once per ISA tier: short loops over contiguous memory. Which memory is cpu.cpp's business.
+#include "coordconv/kernels.h"
+
+#include "common/simd.h"
+
+namespace fourfold {
+namespace FOURFOLD_ISA {
+namespace {
+
+using coordconv::Activation;
+
+// Calls whole(i) for every full vector of n elements, then rest(i, count) for what is left.
+template <typename T, typename Whole, typename Rest>
+FOURFOLD_INLINE void for_vectors(int64_t n, Whole whole, Rest rest) {
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) whole(i);
+  if (i < n) rest(i, n - i);
+}
+
+// ---- activations ---------------------------------------------------------------------------------------------------------
+
+// Adding and taking away this leaves a float rounded to an integer, which then stands in the low bits.
+constexpr float kRounder = 0x1.8p23f;
+
+// 2^n for integers -150 <= n <= 130 as two factors, since the ends lie outside what one float holds.
+FOURFOLD_INLINE Vec<float> times_power_of_two(Vec<float> x, VectorOf<float>::index n) {
+  const VectorOf<float>::index half = n >> 1;
+  return x * (Vec<float>)((half + 127) << 23) * (Vec<float>)((n - half + 127) << 23);
+}
+
+// e^x to about 2 units in the last place; overflow gives infinity, NaN stays.
+FOURFOLD_INLINE Vec<float> exponential(Vec<float> x) {
+  x = x > 89.0f ? broadcast(89.0f) : x;
+  x = x < -104.0f ? broadcast(-104.0f) : x;
+  const Vec<float> shifted = x * 0x1.715476p0f + kRounder;  // 1 / ln 2
+  const Vec<float> n = shifted - kRounder;
+  const Vec<float> r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;  // ln 2 in two parts
+  // Minimax polynomial of e^r on [-ln 2 / 2, ln 2 / 2], relative error 1.9e-9.
+  Vec<float> p = broadcast(0.0013836842f);
+  p = p * r + 0.008374816f;
+  p = p * r + 0.041668225f;
+  p = p * r + 0.1666642f;
+  p = p * r + 0.4999999f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return times_power_of_two(p, (VectorOf<float>::index)shifted - (VectorOf<float>::index)broadcast(kRounder));
+}
+
+// The complementary error function with a small relative error on both sides: e^(-x^2) t q(t) for x > 0, t = 1 / (1 + x / 2).
+FOURFOLD_INLINE Vec<float> complementary_error(Vec<float> x) {
+  const Vec<float> magnitude = x < 0.0f ? -x : x;
+  const Vec<float> t = 1.0f / (1.0f + 0.5f * magnitude);
+  // Minimax polynomial of erfc(x) e^(x^2) / t, relative error 4.3e-8.
+  Vec<float> q = broadcast(-0.059124596f);
+  q = q * t + 0.284847f;
+  q = q * t + -0.4877645f;
+  q = q * t + 0.27871478f;
+  q = q * t + -0.027073052f;
+  q = q * t + 0.20287675f;
+  q = q * t + 0.24305561f;
+  q = q * t + 0.28238195f;
+  q = q * t + 0.28208604f;
+  const Vec<float> right = exponential(-magnitude * magnitude) * t * q;
+  return x < 0.0f ? 2.0f - right : right;
+}
+
+FOURFOLD_INLINE Vec<double> exponential(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+FOURFOLD_INLINE Vec<double> complementary_error(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_erfc(x[i]);
+  return x;
+}
+
+template <Activation A, typename T>
+FOURFOLD_INLINE Vec<T> activate(Vec<T> x, T) {
+  if constexpr (A == coordconv::kRelu) return x < T{0} ? Vec<T>{} : x;  // NaN stays
+  if constexpr (A == coordconv::kSilu) return x / (T{1} + exponential(-x));
+  if constexpr (A == coordconv::kGelu) return x * T{0.5} * complementary_error(x * T{-0.70710678118654752440});
+  return x;
+}
+
+// x as the element type holds it.
+template <typename E>
+FOURFOLD_INLINE Vec<Accumulate<E>> rounded(Vec<Accumulate<E>> x) {
+  if constexpr (sizeof(E) == 2) {
+    return widen(narrow(x, E{}), E{});
+  } else {
+    return x;
+  }
+}
+
+template <typename E, Activation A>
+void add_map(void* y_memory, const void* map_memory, void* activated_memory, int64_t n) {
+  using T = Accumulate<E>;
+  E* y = static_cast<E*>(y_memory);
+  const T* map = static_cast<const T*>(map_memory);
+  E* activated = static_cast<E*>(activated_memory);
+  // relu and rounding give the same in either order.
+  constexpr bool kRoundFirst = A == coordconv::kSilu || A == coordconv::kGelu;
+  const auto result = [](Vec<T> x) __attribute__((always_inline)) { return activate<A>(kRoundFirst ? rounded<E>(x) : x, T{}); };
+  if (activated == nullptr) {
+    for_vectors<T>(
+        n, [&](int64_t i) __attribute__((always_inline)) { store(y + i, result(load(y + i) + load(map + i))); },
+        [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+          store_first(y + i, result(load_first(y + i, count) + load_first(map + i, count)), count);
+        });
+    return;
+  }
+  for_vectors<T>(
+      n,
+      [&](int64_t i) __attribute__((always_inline)) {
+        const Vec<T> x = load(y + i) + load(map + i);
+        store(y + i, x);
+        store(activated + i, result(x));
+      },
+      [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        const Vec<T> x = load_first(y + i, count) + load_first(map + i, count);
+        store_first(y + i, x, count);
+        store_first(activated + i, result(x), count);
+      });
+}
+
+// ---- gradients -----------------------------------------------------------------------------------------------------------
+
+template <typename E>
+void add_grad(const void* grad_memory, const void* relu_memory, void* kept_memory, void* total_memory, int64_t n) {
+  using T = Accumulate<E>;
+  const E* grad = static_cast<const E*>(grad_memory);
+  const E* relu_output = static_cast<const E*>(relu_memory);
+  E* kept = static_cast<E*>(kept_memory);
+  T* total = static_cast<T*>(total_memory);
+  if (relu_output == nullptr) {
+    for_vectors<T>(
+        n, [&](int64_t i) __attribute__((always_inline)) { store(total + i, load(total + i) + load(grad + i)); },
+        [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+          store_first(total + i, load_first(total + i, count) + load_first(grad + i, count), count);
+        });
+    return;
+  }
+  for_vectors<T>(
+      n,
+      [&](int64_t i) __attribute__((always_inline)) {
+        const Vec<T> g = load(relu_output + i) <= T{0} ? Vec<T>{} : load(grad + i);
+        store(kept + i, g);
+        store(total + i, load(total + i) + g);
+      },
+      [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        const Vec<T> g = load_first(relu_output + i, count) <= T{0} ? Vec<T>{} : load_first(grad + i, count);
+        store_first(kept + i, g, count);
+        store_first(total + i, load_first(total + i, count) + g, count);
+      });
+}
+
+// ---- pieces --------------------------------------------------------------------------------------------------------------
+
+template <typename T>
+void add(T* out, const T* in, int64_t n) {
+  for_vectors<T>(
+      n, [&](int64_t i) __attribute__((always_inline)) { store(out + i, load(out + i) + load(in + i)); },
+      [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        store_first(out + i, load_first(out + i, count) + load_first(in + i, count), count);
+      });
+}
+
+template <typename T>
+void add_multiple(T* out, const T* in, T factor, int64_t n) {
+  for_vectors<T>(
+      n, [&](int64_t i) __attribute__((always_inline)) { store(out + i, load(out + i) + load(in + i) * factor); },
+      [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        store_first(out + i, load_first(out + i, count) + load_first(in + i, count) * factor, count);
+      });
+}
+
+template <typename T>
+void add_number(T* out, const T* in, T number, int64_t n) {
+  for_vectors<T>(
+      n, [&](int64_t i) __attribute__((always_inline)) { store(out + i, load(in + i) + number); },
+      [&](int64_t i, int64_t count)
+          __attribute__((always_inline)) { store_first(out + i, load_first(in + i, count) + number, count); });
+}
+
+template <typename T>
+FOURFOLD_INLINE T over_lanes(Vec<T> x) {
+  T total = 0;
+  for (int i = 0; i < kLanes<T>; ++i) total += x[i];
+  return total;
+}
+
+template <typename T>
+T sum(const T* in, int64_t n) {
+  Vec<T> total{};
+  for_vectors<T>(
+      n, [&](int64_t i) __attribute__((always_inline)) { total += load(in + i); },
+      [&](int64_t i, int64_t count) __attribute__((always_inline)) { total += load_first(in + i, count); });
+  return over_lanes<T>(total);
+}
+
+template <typename T>
+T dot(const T* a, const T* b, int64_t n) {
+  Vec<T> total{};
+  for_vectors<T>(
+      n, [&](int64_t i) __attribute__((always_inline)) { total += load(a + i) * load(b + i); },
+      [&](int64_t i, int64_t count)
+          __attribute__((always_inline)) { total += load_first(a + i, count) * load_first(b + i, count); });
+  return over_lanes<T>(total);
+}
+
+// Rows shorter than this are repeated until they fill vectors to the end.
+constexpr int64_t kNarrow = 64;
+
+template <typename T>
+void add_row(T* out, const T* in, const T* row, int64_t rows, int64_t width) {
+  if (width < kNarrow && width % kLanes<T> != 0 && rows >= 2 * kLanes<T>) {
+    // kLanes rows are a whole number of vectors, whatever their width.
+    T pattern[kNarrow * kLanes<T>];
+    const int64_t period = width * kLanes<T>;
+    for (int64_t i = 0; i < period; i += width) {
+      for (int64_t j = 0; j < width; ++j) pattern[i + j] = row[j];
+    }
+    for (; rows >= kLanes<T>; rows -= kLanes<T>, out += period, in += period) {
+      for (int64_t i = 0; i < period; i += kLanes<T>) store(out + i, load(in + i) + load(pattern + i));
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r, out += width, in += width) {
+    for_vectors<T>(
+        width, [&](int64_t i) __attribute__((always_inline)) { store(out + i, load(in + i) + load(row + i)); },
+        [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+          store_first(out + i, load_first(in + i, count) + load_first(row + i, count), count);
+        });
+  }
+}
+
+template <typename T>
+void add_rows(T* out, int64_t out_step, const T* in, int64_t in_step, int64_t rows, int64_t width) {
+  if (out_step == width && in_step == width) return add(out, in, rows * width);
+  for (int64_t r = 0; r < rows; ++r) add(out + r * out_step, in + r * in_step, width);
+}
+
+template <typename T>
+void sum_rows(T* out, const T* in, int64_t in_step, int64_t rows, int64_t width) {
+  for_vectors<T>(
+      width,
+      [&](int64_t i) __attribute__((always_inline)) {
+        Vec<T> total = load(out + i);
+        for (int64_t r = 0; r < rows; ++r) total += load(in + r * in_step + i);
+        store(out + i, total);
+      },
+      [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+        Vec<T> total = load_first(out + i, count);
+        for (int64_t r = 0; r < rows; ++r) total += load_first(in + r * in_step + i, count);
+        store_first(out + i, total, count);
+      });
+}
+
+}  // namespace
+
+#define FOURFOLD_ACTIVATIONS(E) \
+  {add_map<E, coordconv::kNone>, add_map<E, coordconv::kRelu>, add_map<E, coordconv::kSilu>, add_map<E, coordconv::kGelu>}
+#define FOURFOLD_PIECES(T) {add<T>, add_multiple<T>, add_number<T>, sum<T>, dot<T>, add_row<T>, add_rows<T>, sum_rows<T>}
+
+extern const coordconv::Kernels coordconv_kernels = {
+    {FOURFOLD_ACTIVATIONS(Half), FOURFOLD_ACTIVATIONS(BFloat16), FOURFOLD_ACTIVATIONS(float), FOURFOLD_ACTIVATIONS(double)},
+    {add_grad<Half>, add_grad<BFloat16>, add_grad<float>, add_grad<double>},
+    FOURFOLD_PIECES(float),
+    FOURFOLD_PIECES(double),
+};
+
+}  // namespace FOURFOLD_ISA
+}  // namespace fourfold
