@@ -112,8 +112,8 @@ def compare_capabilities(tiers: list[str], chosen: argparse.Namespace, settings:
                     print(done.stdout)
                     return done.returncode
                 for result in report.load(path)["results"]:
-                    name = f"{result['op']} {result['label']} [{result['state']}] {result['threads']}t"
-                    times.setdefault(name, {}).setdefault(tier, []).append(result["ms"][result["ours"]]["median"])
+                    of = times.setdefault(report.run_name(result), {})
+                    of.setdefault(tier, []).append(result["ms"][result["ours"]]["median"])
     ratios = {
         name: {tier: [t / f for t, f in zip(of[tier], of[tiers[0]], strict=True)] for tier in tiers[1:]}
         for name, of in times.items()

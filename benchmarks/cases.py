@@ -21,7 +21,49 @@ RAGGED = Shape((8, 3, 225, 301), "neither side is whole blocks: the last ones ar
 JPEG_LUMA = Shape((32, 64, 64, 64), "luma blocks [B, h, w, 64] of 32 JPEG files of 512 x 512")
 JPEG_SMALL = Shape((8, 28, 28, 64), "luma blocks [B, h, w, 64] of 8 JPEG files of 224 x 224")
 
+
+class Layer(NamedTuple):
+    """A convolution, as wide and as deep along every axis, that keeps the image's size or divides it by its stride."""
+
+    input: tuple[int, ...]  # B, C, then the image
+    channels: int
+    kernel: int
+    stride: int
+    source: str
+    first: bool = False  # of its network: its input needs no gradient
+    transposed: bool = False  # multiplies the size by its stride
+
+    @property
+    def rank(self) -> int:
+        return len(self.input) - 2
+
+    @property
+    def padding(self) -> int:
+        return (self.kernel - self.stride) // 2 if self.transposed else self.kernel // 2
+
+    def __str__(self) -> str:
+        kernel = "x".join([str(self.kernel)] * self.rank) if self.rank > 1 else f"kernel {self.kernel}"
+        stride = f" stride {self.stride}" if self.stride > 1 else ""
+        return f"{kernel}{stride}, {'x'.join(map(str, self.input))} to {self.channels} channels"
+
+
+PAPER = Layer((32, 2, 64, 64), 32, 1, 1, "the CoordConv paper's classifier: position tiled over 64 x 64", first=True)
+STEM = Layer((32, 3, 64, 64), 64, 3, 1, "an image network's first layer", first=True)
+WIDE_3X3 = Layer((16, 64, 64, 64), 64, 3, 1, "a residual block's 3 x 3")
+SQUARE_1X1 = Layer((32, 64, 64, 64), 64, 1, 1, "a residual block's 1 x 1 of equal widths")
+REDUCING_1X1 = Layer((16, 256, 64, 64), 64, 1, 1, "a bottleneck's reducing 1 x 1")
+STRIDED = Layer((16, 16, 128, 128), 32, 3, 2, "a 3 x 3 that halves the image")
+SOLO_HEAD = Layer((1, 256, 50, 76), 256, 3, 1, "SOLO's head on an 800 x 1216 image: one image, wide")
+CONDINST_MASK = Layer((16, 8, 100, 136), 8, 1, 1, "CondInst's mask branch: large maps, few channels")
+PPYOLO_NECK = Layer((8, 512, 19, 19), 256, 1, 1, "PP-YOLO's neck on 608 x 608: small maps, many channels")
+LAYERS = (PAPER, STEM, WIDE_3X3, SQUARE_1X1, REDUCING_1X1, STRIDED, SOLO_HEAD, CONDINST_MASK, PPYOLO_NECK)
+
+SERIES = Layer((16, 64, 2048), 64, 3, 1, "a sensor series of 2048 steps")
+VOLUME = Layer((2, 16, 16, 48, 48), 32, 3, 1, "a crop of a medical volume")
+DECODER = Layer((16, 64, 32, 32), 32, 4, 2, "an image decoder's doubling layer", transposed=True)
+
 RANDOM_RANGE = "B odd in 1..15, C in 1..4, H and W in 97..640"
+RANDOM_LAYERS = "B odd in 1..15, 1..96 channels in and out, H and W in 17..160, 1 x 1 or 3 x 3, stride 1 or 2"
 
 
 def random_images(seed: int, count: int = 6) -> list[Shape]:
@@ -31,6 +73,21 @@ def random_images(seed: int, count: int = 6) -> list[Shape]:
         Shape(
             (draw.randrange(1, 16, 2), draw.randint(1, 4), draw.randint(97, 640), draw.randint(97, 640)),
             f"seed {seed}: {RANDOM_RANGE}",
+        )
+        for _ in range(count)
+    ]
+
+
+def random_layers(seed: int, count: int = 6) -> list[Layer]:
+    """`count` layers drawn from RANDOM_LAYERS."""
+    draw = random.Random(seed)
+    return [
+        Layer(
+            (draw.randrange(1, 16, 2), draw.randint(1, 96), draw.randint(17, 160), draw.randint(17, 160)),
+            draw.randint(1, 96),
+            draw.choice((1, 3)),
+            draw.choice((1, 2)),
+            f"seed {seed}: {RANDOM_LAYERS}",
         )
         for _ in range(count)
     ]

@@ -17,6 +17,7 @@ import platform
 import resource
 import shutil
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
@@ -49,7 +50,7 @@ class Settings:
     threads: tuple[int, ...] = (1, 2)
     family: str | None = None
     op: str | None = None
-    match: str | None = None  # a part of a case's label
+    match: str | None = None  # a part of a case's title
     random_shapes: bool = False
     seed: int = 0
     only_ours: bool = False
@@ -74,7 +75,7 @@ class Settings:
             for case in cases
             if (case.quick or not self.quick)
             and self.op in (None, case.op)
-            and (self.match is None or self.match in case.label)
+            and (self.match is None or self.match in case.title)
             and not (self.device == "cuda" and case.state == "fresh")  # its caching allocator keeps everything
         ]
         return sorted(wanted, key=fresh_first)
@@ -82,13 +83,17 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Tolerance:
-    """|got - reference| <= absolute + relative * |reference|, everywhere."""
+    """|got - reference| <= absolute + relative * |reference|, everywhere.
+
+    of_rms: absolute counts in root mean squares of the reference, tensor by tensor: for results of different magnitudes.
+    """
 
     absolute: float
     relative: float
+    of_rms: bool = False
 
     def __str__(self) -> str:
-        return f"{self.absolute:g} + {self.relative:g}·|reference|"
+        return f"{self.absolute:g}{'·rms' if self.of_rms else ''} + {self.relative:g}·|reference|"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,15 +103,29 @@ class Contestant:
     name: str
     make: Callable[[Any, str], Call]
     tolerance: Tolerance | None = None  # where its precision is another than the case's
+    reference: Callable[[Any], Any] | None = None  # where it computes something else than the case: a yardstick
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Cases that are judged together, by the geometric mean of their cost over their first yardstick."""
+
+    name: str
+    goal: float | None = None  # of the mean
+    limit: float | None = None  # of every case
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One op on one problem in one allocation state.
 
+    yardsticks: do less than the op, which is why they are no rivals, and are right by their own references; told is what the
+        op costs over them.
+    held: of a case with a backward pass, the problem's tensors; told is what each contestant saves for it beyond them.
     bytes: what the op must read and write. flops: of the usual algorithm, for the share of the GEMM peak.
-    overhead: the problem is one tensor, so small that only the cost of the call is left, timed beside problem.clone() alone.
-    overhead_goal: the microseconds over clone() that it may take.
+    overhead: the problem is so small that only the cost of the call is left, timed beside the yardstick, or where there is
+        none beside problem.clone() alone.
+    overhead_goal: the microseconds over that which it may take.
     """
 
     family: str
@@ -117,6 +136,9 @@ class Case:
     ours: Contestant
     rivals: tuple[Contestant, ...]
     tolerance: Tolerance
+    yardsticks: tuple[Contestant, ...] = ()
+    group: Group | None = None
+    held: Callable[[Any], Iterable[torch.Tensor]] | None = None
     state: str = "out"
     bytes: int = 0
     flops: int = 0
@@ -127,8 +149,12 @@ class Case:
     overhead_goal: float | None = None
 
     @property
+    def title(self) -> str:
+        return f"{self.group.name}: {self.label}" if self.group else self.label
+
+    @property
     def name(self) -> str:
-        return f"{self.op} {self.label} [{self.state}]"
+        return f"{self.op} {self.title} [{self.state}]"
 
 
 def fresh_first(case: Case) -> bool:
@@ -171,13 +197,32 @@ def deviation(got: Any, reference: Any, tolerance: Tolerance) -> tuple[float, st
         return math.inf, f"shape {[tuple(g.shape) for g in got]} instead of {[tuple(r.shape) for r in reference]}"
     worst, outside = 0.0, False
     for g, r in zip(got, reference, strict=True):
+        absolute = tolerance.absolute * (r.square().mean().sqrt().item() if tolerance.of_rms else 1)
         for part, expected in zip(
             g.detach().split(1), r.split(1), strict=True
         ):  # by parts: float64 copies of all of it are large
             error = (part.double() - expected).abs().nan_to_num(nan=math.inf, posinf=math.inf)
             worst = max(worst, error.max().item()) if error.numel() else worst
-            outside |= bool((error > tolerance.absolute + tolerance.relative * expected.abs()).any())
+            outside |= bool((error > absolute + tolerance.relative * expected.abs()).any())
     return worst, f"largest error {worst:.3g}, tolerance {tolerance}" if outside else None
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------------
+
+
+def saved_for_backward(call: Call, held: Iterable[torch.Tensor]) -> dict[str, int]:
+    """Bytes that autograd keeps during the call, and how many of them neither `held` nor the results keep alive anyway."""
+    kept: list[torch.Tensor] = []  # alive until the end, so that no address is used twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        results = _tensors(call())
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
+    anyway = {t.untyped_storage().data_ptr() for t in (*held, *results)}
+    return {"bytes": sum(sizes.values()), "anew": sum(size for place, size in sizes.items() if place not in anyway)}
 
 
 # --- the machine ----------------------------------------------------------------------------------------------------------
@@ -337,7 +382,7 @@ class Session:
         self.results: list[dict[str, Any]] = []
         self.peaks: dict[str, float] = {}
         self.clock = _time_cuda if self.device.type == "cuda" else _time_cpu
-        self._problem: tuple[Case, Any, Any] | None = None
+        self._problem: tuple[Case, Any, dict[Any, Any]] | None = None
         cores = len(os.sched_getaffinity(0))
         load = os.getloadavg()[0]
         self.warnings = [f"load average {load:.1f} on {cores} cores before the first case"] if load > 0.5 * cores else []
@@ -362,12 +407,11 @@ class Session:
         left = self.settings.seconds - (time.perf_counter() - self.started)
         return max(0.0, left / max(1, self.runs_left))
 
-    def _given(self, case: Case) -> tuple[Any, Any]:
-        """Problem and reference; kept for the next run, which is mostly the same case with other threads."""
+    def _given(self, case: Case) -> tuple[Any, dict[Any, Any]]:
+        """Problem and results of references; kept for the next run, which is mostly the same case with other threads."""
         if self._problem is None or self._problem[0] is not case:
             self._problem = None  # frees the old one first
-            problem = case.problem(self.device)
-            self._problem = (case, problem, case.reference(problem))
+            self._problem = (case, case.problem(self.device), {})
         return self._problem[1:]
 
     def _gemm_peak(self, threads: int) -> float:
@@ -386,11 +430,16 @@ class Session:
         source, target = (torch.ones(max(1, case.bytes // 8), device=self.device) for _ in range(2))
         return lambda: target.copy_(source)
 
-    def _entrants(self, case: Case, problem: Any, reference: Any) -> tuple[dict[str, Call], dict[str, float], dict[str, str]]:
+    def _entrants(self, case: Case) -> tuple[dict[str, Call], dict[str, float], dict[str, str]]:
+        problem, references = self._given(case)
+        others = () if self.settings.only_ours else (*case.rivals, *case.yardsticks)
         calls, errors, wrong = {}, {}, {}
-        for contestant in (case.ours, *(() if self.settings.only_ours else case.rivals)):
+        for contestant in (case.ours, *(case.yardsticks if case.overhead else others)):
+            reference = contestant.reference or case.reference
+            if reference not in references:
+                references[reference] = reference(problem)
             call = contestant.make(problem, case.state)
-            error, complaint = deviation(call(), reference, contestant.tolerance or case.tolerance)
+            error, complaint = deviation(call(), references[reference], contestant.tolerance or case.tolerance)
             errors[contestant.name] = error
             if complaint:
                 wrong[contestant.name] = complaint
@@ -405,11 +454,14 @@ class Session:
         self.runs_left -= 1
         torch.set_num_threads(threads)
         set_allocation_state(case.state)
-        problem, reference = self._given(case)
-        calls, errors, wrong = self._entrants(case, problem, reference)
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()  # compiled code has the thread count baked in
+        calls, errors, wrong = self._entrants(case)
+        problem, _ = self._given(case)
         result = {
             "family": case.family,
             "op": case.op,
+            "group": case.group and dataclasses.asdict(case.group),
             "label": case.label,
             "state": case.state,
             "threads": threads,
@@ -423,8 +475,13 @@ class Session:
             "wrong": wrong,
             "warnings": [],
         }
-        if case.ours.name not in wrong:
-            calls |= {"clone": problem.clone} if case.overhead else {"copy_": self._copy(case)}
+        if case.ours.name in calls and not (case.overhead and wrong):
+            if case.held is not None:
+                result["saved"] = {name: saved_for_backward(call, case.held(problem)) for name, call in calls.items()}
+            if not case.overhead:
+                calls["copy_"] = self._copy(case)
+            elif not case.yardsticks:
+                calls["clone"] = problem.clone
             # The cost of a call is the processor's, whatever the device does meanwhile.
             race, watch = Race(calls, _time_cpu if case.overhead else self.clock), LoadWatch()
             if self.settings.seconds is not None:
@@ -449,6 +506,7 @@ class Session:
     def _summary(self, case: Case, race: Race, threads: int) -> dict[str, Any]:
         ours = race.times[case.ours.name]
         rivals = [r.name for r in case.rivals if r.name in race.times]
+        yardsticks = [y.name for y in case.yardsticks if y.name in race.times]
         times = {name: spread([t * 1e3 for t in series]) for name, series in race.times.items()}
         against = {name: ratios(race.times[name], ours) for name in rivals}
         summary: dict[str, Any] = {
@@ -456,10 +514,13 @@ class Session:
             "loops": race.loops,
             "ms": times,
             "ratio": against,
+            "cost": {name: ratios(ours, race.times[name]) for name in yardsticks},
             "best_rival": min(against, key=lambda name: against[name]["median"]) if against else None,
         }
         if case.overhead:
-            summary["overhead_us"] = spread([(o - c) * 1e6 for o, c in zip(ours, race.times["clone"], strict=True)])
+            base = next(name for name in race.times if name != case.ours.name)
+            summary["overhead_us"] = spread([(o - b) * 1e6 for o, b in zip(ours, race.times[base], strict=True)])
+            summary["overhead_over"] = base
             summary["overhead_goal_us"] = case.overhead_goal
         else:
             summary["copy_share"] = ratios(race.times["copy_"], ours)

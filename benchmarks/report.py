@@ -5,8 +5,9 @@ from __future__ import annotations
 import html
 import io
 import json
+import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ Result = dict[str, Any]
 Document = dict[str, Any]
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-README_RUN = "cpu.json"  # the stored run behind README's table
+README_RUN = "cpu"  # how the names of the stored runs behind README's tables begin: one run, or one of each family
 
 
 # --- one result in words --------------------------------------------------------------------------------------------------
@@ -44,20 +45,48 @@ def _versus(result: Result) -> str:
     return f"{_spread(result['ratio'][best], '×')} {best}" if best else "–"
 
 
+def _group(result: Result) -> str | None:
+    """The name of its group; runs stored before there were groups don't know the key."""
+    return (result.get("group") or {}).get("name")
+
+
+def run_name(result: Result) -> str:
+    """Of the case and its thread count."""
+    group = f"{_group(result)}: " if _group(result) else ""
+    return f"{result['op']} {group}{result['label']} [{result['state']}] {_threads(result['threads'])}"
+
+
+def _costs(result: Result) -> str:
+    return "; ".join(f"{_spread(cost)} of {yardstick}" for yardstick, cost in result.get("cost", {}).items())
+
+
+def _overhead_base(result: Result) -> str:
+    base = result.get("overhead_over", "clone")
+    return "clone()" if base == "clone" else base
+
+
+def _saved(result: Result) -> str:
+    """What autograd keeps until backward, and how much of it would otherwise be free."""
+    return ", ".join(
+        f"{who} {saved['bytes'] * 1e-6:.1f} MB ({saved['anew'] * 1e-6:.1f} of it anew)"
+        for who, saved in result.get("saved", {}).items()
+    )
+
+
 def line(result: Result) -> str:
     """A result on the terminal; no speed where the answer was wrong."""
-    words = [result["op"], result["label"], f"[{result['state']}]", _threads(result["threads"])]
-    head = " ".join(words) + ":"
-    for name, complaint in result["wrong"].items():
-        head += f" {name} WRONG, no time ({complaint});"
+    head = f"{run_name(result)}:"
+    for who, complaint in result["wrong"].items():
+        head += f" {who} WRONG, no time ({complaint});"
     if "ms" not in result:
         return head.rstrip(";")
     ms = _milliseconds(result["ms"][result["ours"]]["median"])
     if "overhead_us" in result:
         goal = result["overhead_goal_us"]
-        head += f" {_spread(result['overhead_us'], ' µs', 1)} over clone" + (f", goal {goal:g} µs" if goal else "")
+        over = _overhead_base(result).removesuffix("()")
+        head += f" {_spread(result['overhead_us'], ' µs', 1)} over {over}" + (f", goal {goal:g} µs" if goal else "")
     else:
-        head += f" {ms}, {_spread(result['copy_share'])} of copy_, {_versus(result)}"
+        head += f" {ms}, {_costs(result) or _spread(result['copy_share']) + ' of copy_'}, {_versus(result)}"
     return head + "".join(f"\n    warning: {warning}" for warning in result["warnings"])
 
 
@@ -152,24 +181,80 @@ COLUMNS = (
     "allocation",
     "threads",
     "time",
+    "cost over the yardstick",
     "share of copy_",
     "share of GEMM peak",
     "against the best rival",
     "other rivals",
+    "saved for backward",
 )
+WHERE_KNOWN = {"cost over the yardstick": "cost", "saved for backward": "saved"}  # columns for some tables only
 
 
-def _row(result: Result) -> tuple[str, ...]:
-    head = (result["label"], result["state"], str(result["threads"]))
+def _columns(results: Iterable[Result]) -> list[str]:
+    known = {key for result in results for key in ("cost", "saved") if result.get(key) and "overhead_us" not in result}
+    return [column for column in COLUMNS if WHERE_KNOWN.get(column) in {None, *known}]
+
+
+def _row(result: Result, columns: Sequence[str] = COLUMNS) -> list[str]:
     wrong = "; ".join(f"{name}: WRONG, {why}" for name, why in result["wrong"].items())
-    if "ms" not in result:
-        return (*head, "–", "–", "–", "–", wrong)
-    time = _milliseconds(result["ms"][result["ours"]]["median"]) + " ⚠" * bool(result["warnings"])
+    cells = {"case": result["label"], "allocation": result["state"], "threads": str(result["threads"]), "other rivals": wrong}
+    if "ms" in result:
+        cells["time"] = _milliseconds(result["ms"][result["ours"]]["median"]) + " ⚠" * bool(result["warnings"])
     if "overhead_us" in result:
-        return (*head, time, "–", "–", f"clone() + {_spread(result['overhead_us'], ' µs', 1)}", wrong)
-    others = [f"{name} {ratio['median']:.2f}×" for name, ratio in result["ratio"].items() if name != result["best_rival"]]
-    rest = ", ".join(others) + ("; " + wrong if wrong else "")
-    return (*head, time, _spread(result["copy_share"]), f"{result['gemm_share']:.2f}", _versus(result), rest or "–")
+        cells["against the best rival"] = f"{_overhead_base(result)} + {_spread(result['overhead_us'], ' µs', 1)}"
+    elif "ms" in result:
+        others = [f"{name} {ratio['median']:.2f}×" for name, ratio in result["ratio"].items() if name != result["best_rival"]]
+        rest = ", ".join(others) + ("; " + wrong if wrong else "")
+        cells |= {
+            "cost over the yardstick": _costs(result) or "–",
+            "share of copy_": _spread(result["copy_share"]),
+            "share of GEMM peak": f"{result['gemm_share']:.2f}",
+            "against the best rival": _versus(result),
+            "other rivals": rest or "–",
+            "saved for backward": _saved(result) or "–",
+        }
+    return [cells.get(column, "–") for column in columns]
+
+
+# --- groups ---------------------------------------------------------------------------------------------------------------
+
+
+def _mean(values: Sequence[float], unit: str = "") -> str:
+    """Geometric mean and extremes."""
+    return f"{statistics.geometric_mean(values):.2f}{unit} ({min(values):.2f}–{max(values):.2f})"
+
+
+def _goal(group: dict[str, Any]) -> str:
+    goals = [("mean", group["goal"]), ("each", group["limit"])]
+    return ", ".join(f"{what} ≤ {goal:.2f}" for what, goal in goals if goal is not None) or "–"
+
+
+def group_table(results: Iterable[Result]) -> str | None:
+    """A row for each group: its mean cost over each yardstick, and the mean ratio of each rival to us."""
+    grouped = [result for result in results if _group(result)]
+    if not grouped:
+        return None
+    counts = sorted({result["threads"] for result in grouped})
+    header = ["op", "cases", "goal"]
+    header += [f"{what}, {_threads(count)}" for count in counts for what in ("cost over", "× rivals")]
+    rows = []
+    for members in _by(grouped, "op", "group").values():
+        raced = [result for result in members if "ms" in result]
+        labels = {result["label"] for result in members}
+        flawless = {label for label in labels if not any(r["wrong"] for r in members if r["label"] == label)}
+        number = str(len(labels)) if flawless == labels else f"{len(flawless)} of {len(labels)} without a WRONG"
+        row = [f"`{members[0]['op']}`", f"{_group(members[0])}: {number}", _goal(members[0]["group"])]
+        for count in counts:
+            mine = [result for result in raced if result["threads"] == count]
+            for key, unit, of in (("cost", "", "of "), ("ratio", "×", "")):
+                medians: dict[str, list[float]] = {}
+                for result in mine:
+                    for name, ratio in result[key].items():
+                        medians.setdefault(name, []).append(ratio["median"])
+                row.append("; ".join(f"{_mean(values, unit)} {of}{name}" for name, values in medians.items()) or "–")
+        rows.append(row)
+    return _markdown_table(header, rows)
 
 
 def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -178,45 +263,79 @@ def _markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str
 
 
 def _by(results: Iterable[Result], *keys: str) -> dict[Any, list[Result]]:
-    groups: dict[Any, list[Result]] = {}
+    """Results alike in these; "group" means its name."""
+    found: dict[Any, list[Result]] = {}
     for result in results:
-        groups.setdefault(tuple(result[key] for key in keys), []).append(result)
-    return groups
+        found.setdefault(tuple(_group(result) if key == "group" else result[key] for key in keys), []).append(result)
+    return found
+
+
+def _sections(document: Document) -> Iterator[tuple[str, str | None, list[Result]]]:
+    """The results of each op, group by group."""
+    for (op,), of in _by(document["results"], "op").items():
+        for (group,), results in _by(of, "group").items():
+            yield op, group, results
+
+
+def _heading(op: str, group: str | None) -> str:
+    return f"{op}: {group}" if group else op
 
 
 def _legend(document: Document) -> str:
     used = sorted({result["state"] for result in document["results"]})
     states = " ".join(f"Allocation *{state}*: {document['states'][state]}." for state in used)
+    yardsticks = (
+        "A yardstick does less than the op, so it is checked against its own reference and no rival; the cost is our time over "
+        "its, above 1 we are slower. A group is judged by the geometric mean over its cases, extremes in brackets. Saved for "
+        "backward is what autograd keeps, *anew* what neither the arguments nor the results keep alive anyway. A convolution's "
+        "flops are those without coordinates. "
+    ) * any(result.get("cost") for result in document["results"])
     return (
         "Medians with quartiles in brackets. A ratio is taken within each round, in which ours and every rival run once; "
         "above 1 we are faster. The share of `copy_` is against a copy of as many bytes into a warm tensor, the share of the "
         "GEMM peak against a float32 matmul; flops are those of the matrix form. ⚠: the machine was not quiet. "
-        f"{states}"
+        f"{yardsticks}{states}"
     )
 
 
-def readme_table(document: Document) -> str:
-    """README's table: the headline cases, a row each, thread counts side by side."""
-    counts = sorted({result["threads"] for result in document["results"]})
+def readme_runs(documents: dict[str, Document]) -> list[Document]:
+    """The stored runs that README shows."""
+    return [document for name, document in documents.items() if name.startswith(README_RUN)]
+
+
+def readme_table(documents: Iterable[Document]) -> str:
+    """README's tables: the headline cases, a row each or a row for a group, thread counts side by side."""
+    parts = []
+    for document in documents:
+        headline = [result for result in document["results"] if result["headline"]]
+        parts += [headlines(document)[0] + "."]
+        for results in _by(headline, "family").values():
+            parts += _readme_tables(results)
+    parts.append("More cases, quartiles and all rivals: [docs/benchmarks.md](docs/benchmarks.md).")
+    return "\n\n".join(parts)
+
+
+def _readme_tables(results: list[Result]) -> list[str]:
+    """Those of one family."""
+    counts = sorted({result["threads"] for result in results})
     header = ["op", "input", *(f"{what}, {_threads(count)}" for count in counts for what in ("of `copy_`", "× best rival"))]
-    rows, overheads = [], []
-    for (op, label, state), results in _by(document["results"], "op", "label", "state").items():
-        if not results[0]["headline"]:
+    rows, overheads = [], {}
+    ungrouped = [result for result in results if not _group(result)]
+    for (op, label, state), same in _by(ungrouped, "op", "label", "state").items():
+        if "overhead_us" in same[0]:
+            words = f"`{op}` {label} {same[0]['overhead_us']['median']:.1f} µs"
+            overheads.setdefault(_overhead_base(same[0]).replace("clone()", "x.clone()"), []).append(words)
             continue
-        if "overhead_us" in results[0]:
-            overheads.append(f"`{op}` {label} {results[0]['overhead_us']['median']:.1f} µs")
-            continue
-        by_count = {result["threads"]: result for result in results if "ms" in result}
+        by_count = {result["threads"]: result for result in same if "ms" in result}
         cells: list[str] = []
         for count in counts:
             result = by_count.get(count)
             cells += ("–", "–") if result is None else (f"{result['copy_share']['median']:.2f}", _best(result))
         rows.append((f"`{op}`", f"{label} [{state}]", *cells))
-    parts = [headlines(document)[0] + ".", _markdown_table(header, rows)]
-    if overheads:
-        parts.append("Call overhead over `x.clone()`: " + "; ".join(overheads) + ".")
-    parts.append("More cases, quartiles and all rivals: [docs/benchmarks.md](docs/benchmarks.md).")
-    return "\n\n".join(parts)
+    parts = [group_table(results), _markdown_table(header, rows) if rows else None]
+    over = [f"over `{base}`: " + "; ".join(words) + "." for base, words in overheads.items()]
+    parts += ["Call overhead " + " Call overhead ".join(over)] if over else []
+    return [part for part in parts if part]
 
 
 def _best(result: Result) -> str:
@@ -224,12 +343,12 @@ def _best(result: Result) -> str:
     return f"{result['ratio'][best]['median']:.1f} ({best})" if best else "–"
 
 
-def into_readme(readme: str, document: Document) -> str:
-    """`readme` with what stands between the markers replaced by the table."""
+def into_readme(readme: str, documents: Iterable[Document]) -> str:
+    """`readme` with what stands between the markers replaced by the tables."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
         raise ValueError(f"README must hold {BEGIN} and {END} once each")
     before, rest = readme.split(BEGIN)
-    return f"{before}{BEGIN}\n{readme_table(document)}\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n{readme_table(documents)}\n{END}{rest.split(END)[1]}"
 
 
 def docs_page(documents: dict[str, Document]) -> str:
@@ -243,8 +362,11 @@ def docs_page(documents: dict[str, Document]) -> str:
     ]
     for name, document in documents.items():
         parts += [f"## {name.removesuffix('.json')}", "  \n".join(headlines(document)), _legend(document)]
-        for (op,), results in _by(document["results"], "op").items():
-            parts += [f"### {op}", _markdown_table(COLUMNS, map(_row, results))]
+        summary = group_table(document["results"])
+        parts += [summary] * (summary is not None)
+        for op, group, results in _sections(document):
+            columns = _columns(results)
+            parts += [f"### {_heading(op, group)}", _markdown_table(columns, (_row(result, columns) for result in results))]
         parts += [_markdown_table(("shape", "where it comes from"), sorted(_sources(document)))]
     return "\n\n".join(parts) + "\n"
 
@@ -255,12 +377,12 @@ def _sources(document: Document) -> set[tuple[str, str]]:
 
 def render_checkout(root: Path) -> list[Path]:
     """Rewrite README's table and docs/benchmarks.md of the checkout at `root` from its stored runs."""
-    stored = sorted((root / "benchmarks" / "results").glob("*.json"))
-    if README_RUN not in [path.name for path in stored]:
-        raise FileNotFoundError(f"benchmarks/results/{README_RUN} is missing: store a run there with --json, in a checkout")
+    stored = sorted((root / "benchmarks" / "results").glob("*.json"), key=lambda path: path.stem)
     documents = {path.name: load(path) for path in stored}
+    if not readme_runs(documents):
+        raise FileNotFoundError(f"benchmarks/results/{README_RUN}.json is missing: store a run there with --json")
     readme, page = root / "README.md", root / "docs" / "benchmarks.md"
-    _replace(readme, into_readme(readme.read_text(encoding="utf-8"), documents[README_RUN]))
+    _replace(readme, into_readme(readme.read_text(encoding="utf-8"), readme_runs(documents)))
     _replace(page, docs_page(documents))
     return [readme, page]
 
@@ -278,16 +400,17 @@ svg { max-width: 100%; height: auto; }
 
 
 def render_html(document: Document) -> str:
-    """One file with everything in it: facts, and per op two charts and the table under them."""
+    """One file with everything in it: facts, and per op and group two charts and the table under them."""
     escape = html.escape
     body = ["<h1>fourfold benchmarks</h1>"]
     first, *warnings = headlines(document)
     body += [f"<p>{escape(first)}</p>", *(f'<p class="warning">{escape(text)}</p>' for text in warnings)]
     body += [f"<p>{escape(_legend(document)).replace('`', '')}</p>"]
-    for (op,), results in _by(document["results"], "op").items():
-        body += [f"<h2>{escape(op)}</h2>", _charts(results)]
-        rows = "".join(_html_row(result) for result in results)
-        body.append(f"<table><tr>{''.join(f'<th>{escape(name)}</th>' for name in COLUMNS)}</tr>{rows}</table>")
+    for op, group, results in _sections(document):
+        columns = _columns(results)
+        body += [f"<h2>{escape(_heading(op, group))}</h2>", _charts(results)]
+        rows = "".join(_html_row(result, columns) for result in results)
+        body.append(f"<table><tr>{''.join(f'<th>{escape(name)}</th>' for name in columns)}</tr>{rows}</table>")
     noted = [(line(result).split("\n")[0], text) for result in document["results"] for text in result["warnings"]]
     if noted:
         items = "".join(f"<li>{escape(text)} — {escape(where)}</li>" for where, text in noted)
@@ -299,13 +422,13 @@ def render_html(document: Document) -> str:
     )
 
 
-def _html_row(result: Result) -> str:
+def _html_row(result: Result, columns: Sequence[str]) -> str:
     kind = ' class="wrong"' if result["wrong"] else ""
-    return f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _row(result)) + "</tr>"
+    return f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _row(result, columns)) + "</tr>"
 
 
 def _charts(results: list[Result]) -> str:
-    """Two bar charts beside each other as inline SVG: share of copy_, and the ratio to each rival."""
+    """Two bar charts as inline SVG: cost over the yardstick, or else share of copy_, and the ratio to each rival."""
     raced = [result for result in results if "copy_share" in result]
     if not raced:
         return ""
@@ -326,10 +449,12 @@ def _charts(results: list[Result]) -> str:
     def whiskers(spreads: list[dict[str, float]]) -> list[list[float]]:
         return [[s["median"] - s["q1"] for s in spreads], [s["q3"] - s["median"] for s in spreads]]
 
-    shares = [result["copy_share"] for result in raced]
+    costly = all(result.get("cost") for result in raced)
+    shares = [next(iter(result["cost"].values())) if costly else result["copy_share"] for result in raced]
     left.barh(rows, [s["median"] for s in shares], xerr=whiskers(shares), height=0.6, color="#3b6ea5")
     left.axvline(1, color="#888", linewidth=0.8)
-    left.set(title="share of copy_ (whiskers: quartiles)", yticks=rows, yticklabels=labels, ylim=(len(raced) - 0.4, -0.6))
+    title = f"{'cost over the yardstick' if costly else 'share of copy_'} (whiskers: quartiles)"
+    left.set(title=title, yticks=rows, yticklabels=labels, ylim=(len(raced) - 0.4, -0.6))
     height = 0.85 / most
     for name in rivals:
         mine = [(row, list(result["ratio"]).index(name), result) for row, result in enumerate(raced) if name in result["ratio"]]

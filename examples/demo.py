@@ -225,7 +225,83 @@ def draw_blockdct(panel: Any, photos: Tensor, energy: Tensor) -> None:
     axes[-1, -1].set_xlabel("frequency across")
 
 
-SECTIONS = [blockdct]  # one per family: prints what it finds, draws its panel, gives its rows
+# ---- coordconv -------------------------------------------------------------------------------------------------------
+
+
+def coordconv(photos: Tensor, panel: Any) -> list[Row]:
+    """Swapped into a network, painting a photo from coordinates alone; beside plain convolution and concatenation."""
+    images = (photos / 255).contiguous(memory_format=torch.channels_last)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(16, 4, 3, padding=1))
+    with torch.no_grad():
+        before = network(images)
+        for place in (0, 2):
+            network[place] = ff.nn.CoordConv2d.from_conv(network[place])
+        same = torch.equal(network(images), before)
+    if not same:
+        sys.exit("from_conv changed the output of a network")
+    print("  from_conv: both convolutions of a network know where they are now; its output is bit-identical")
+    draw_coordconv(panel, F.interpolate(images, size=(64, 96), mode="area"))
+    return time_coordconv(images)
+
+
+def painter(layer: Any) -> torch.nn.Module:
+    """Pointwise layers from a constant to colours; only the first may know where it is."""
+    widths = (64, 64, 64)
+    rest = [m for a, b in zip(widths, (*widths[1:], 3), strict=True) for m in (torch.nn.ReLU(), torch.nn.Conv2d(a, b, 1))]
+    return torch.nn.Sequential(layer(1, widths[0], 1), *rest)
+
+
+def paint(layer: Any, target: Tensor, steps: int = 150) -> Tensor:
+    """What such a network makes of an image of ones when it is to give the target."""
+    torch.manual_seed(0)
+    network, ones = painter(layer), torch.ones(1, 1, *target.shape[2:])
+    optimiser = torch.optim.Adam(network.parameters(), lr=0.01)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        F.mse_loss(network(ones), target).backward()
+        optimiser.step()
+    with torch.no_grad():
+        result: Tensor = network(ones)
+    return result
+
+
+def draw_coordconv(panel: Any, small: Tensor) -> None:
+    """Each photo, and what pointwise convolutions and CoordConvs learn to paint from a constant image."""
+    axes = panel.subplots(len(small), 3)
+    layers = {"torch.nn.Conv2d": torch.nn.Conv2d, "nn.CoordConv2d": ff.nn.CoordConv2d}
+    for line, target in zip(axes, small.split(1), strict=True):
+        painted = {"64 x 96 pixels": target, **{f"{name}, 1 x 1": paint(layer, target) for name, layer in layers.items()}}
+        for ax, (name, image) in zip(line, painted.items(), strict=True):
+            error = (image - target).square().mean().sqrt().item()
+            ax.imshow(image[0].clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+            ax.set_title(name if image is target else f"{name}: 150 steps from a constant, error {error:.2f}")
+            ax.set_axis_off()
+
+
+def time_coordconv(images: Tensor) -> list[Row]:
+    """A CoordConv with ReLU beside both ways to concatenate."""
+    torch.manual_seed(0)
+    weight, coord_weight, bias = torch.randn(32, 3, 3, 3) / 5, torch.randn(32, 2, 3, 3) / 5, torch.randn(32)
+    both = torch.cat([weight, coord_weight], 1)
+    batch, _, height, width = images.shape
+    cached = ff.add_coords(images[:, :1])[:, 1:].contiguous(memory_format=torch.channels_last)
+
+    def published() -> Tensor:
+        i = torch.linspace(-1, 1, height).view(1, 1, height, 1).repeat(batch, 1, 1, width)
+        j = torch.linspace(-1, 1, width).view(1, 1, 1, width).repeat(batch, 1, height, 1)
+        return F.conv2d(torch.cat([images, i, j], 1), both, bias, padding=1).relu_()
+
+    def best() -> Tensor:
+        return F.conv2d(torch.cat([images, cached], 1), both, bias, padding=1).relu_()
+
+    def ours() -> Tensor:
+        return ff.coord_conv2d(images, weight, coord_weight, bias, padding=1, activation="relu")
+
+    with torch.no_grad():
+        return compare("coord_conv2d", images, ours, {"concatenation, as published": published, "concatenation, cached": best})
+
+
+SECTIONS = [blockdct, coordconv]  # one per family: prints what it finds, draws its panel, gives its rows
 
 
 def main() -> None:

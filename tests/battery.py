@@ -115,6 +115,8 @@ class Op:
     refusals: Callable[[], list[Refusal]]
     out: str | None = None  # the op behind out=, if there is one
     dtypes: tuple[torch.dtype, ...] = FLOATING
+    differentiable: bool = True  # internal ops may have no gradient formula: they serve inside those of others
+    excused: dict[str, str] = dataclasses.field(default_factory=dict)  # checks that ask too much of an internal op: why
 
     @property
     def internal(self) -> bool:
@@ -195,11 +197,16 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def guarded(x: Tensor, at_end: bool) -> Tensor:
-    """A copy that ends, or starts, where memory that must not be touched starts, or ends. Never freed."""
-    x = x.contiguous()
+    """A copy that ends, or starts, where memory that must not be touched starts, or ends. Never freed.
+
+    In x's memory order, so far as it has one: channels_last stays so.
+    """
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    x = x.permute(order).contiguous()
+    back = [order.index(d) for d in range(x.dim())]
     size = x.numel() * x.element_size()
     if size == 0:
-        return x
+        return x.permute(back)
     page = mmap.PAGESIZE
     room = -(-size // page) * page
     pages = mmap.mmap(-1, room + 2 * page)
@@ -209,7 +216,7 @@ def guarded(x: Tensor, at_end: bool) -> Tensor:
     start = first + page + (room - size if at_end else 0)
     memory = (ctypes.c_char * size).from_address(start)
     _kept_alive.append(pages)
-    return torch.frombuffer(memory, dtype=x.dtype).view(x.shape).copy_(x)
+    return torch.frombuffer(memory, dtype=x.dtype).view(x.shape).copy_(x).permute(back)
 
 
 _kept_alive: list[mmap.mmap] = []
@@ -267,12 +274,24 @@ def check(*marks: pytest.MarkDecorator) -> Callable[[Check], Check]:
     return add
 
 
+#: Checks of gradients and nothing else.
+OF_GRADIENTS: set[str] = {"gradients_are_right", "gradients_match_reference", "works_in_transforms", "works_in_vmap"}
+
+
+def applies(op: Op, function: Check) -> bool:
+    """Whether the check is one of the op's."""
+    name = function.__name__
+    if not op.differentiable and name in OF_GRADIENTS:
+        return False
+    return name not in op.excused and (op.out is not None or name != "out_argument")
+
+
 def tests_of(ops: tuple[Op, ...]) -> Callable[[Op, Check], None]:
     """The test function of a family: one test per op and check."""
     cases = [
         pytest.param(op, function, id=f"{op.name}-{function.__name__}", marks=marks)
         for op, (function, marks) in itertools.product(ops, CHECKS)
-        if op.out or function is not out_argument
+        if applies(op, function)
     ]
 
     @pytest.mark.parametrize(("op", "check"), cases)
@@ -348,7 +367,7 @@ def writes_every_element(op: Op) -> None:
         expected = sample.run(op.call)
         with poisoned_memory():
             assert_same(sample.run(op.call), expected, f"{sample.label} ({dtype})")
-    for sample in op.small():
+    for sample in op.small() if op.differentiable else ():
         expected_gradients = gradients(op.call, sample)
         with poisoned_memory():
             for gradient, expected in zip(gradients(op.call, sample), expected_gradients, strict=True):
@@ -480,6 +499,8 @@ def compiles(op: Op) -> None:
             out = torch.full_like(expected, float("nan"))
             sample.run(compiled, out=out)
             assert_same(out, expected, f"{sample.label} into out=")
+        if not op.differentiable:
+            continue
         for gradient, wanted in zip(gradients(compiled, sample), gradients(op.call, sample), strict=True):
             assert_same(gradient, wanted, f"gradient of {sample.label}")
 
@@ -511,7 +532,8 @@ def compiles_with_inductor(op: Op) -> None:
 
     compiled = torch.compile(surrounded, fullgraph=True)
     pairs = [(sample.run(compiled), sample.run(surrounded))]
-    pairs += zip(gradients(compiled, sample), gradients(surrounded, sample), strict=True)
+    if op.differentiable:
+        pairs += zip(gradients(compiled, sample), gradients(surrounded, sample), strict=True)
     for actual, expected in pairs:
         assert_close(actual, expected, sample.label, slack=10)
 
@@ -685,6 +707,11 @@ def run_script(script: str, *args: str, ok: bool = True, **environment: str) -> 
     done = subprocess.run([sys.executable, "-c", script, *args], env=environment, capture_output=True, text=True)
     assert (done.returncode == 0) is ok, f"exit status {done.returncode}\n{done.stdout}{done.stderr}"
     return done
+
+
+def composites(family: str) -> tuple[str, ...]:
+    """The public functions without a schema that a family's test file declares."""
+    return getattr(importlib.import_module(f"test_{family}"), "COMPOSITES", ())
 
 
 def families() -> dict[str, tuple[Op, ...]]:

@@ -1,8 +1,9 @@
-// The block DCT kernels of every tier that this processor runs, against a naive transform in double, without torch and Python.
+// The kernels of every tier that this processor runs, against naive loops in double, without torch and Python: block DCT here,
+// CoordConv in kernels_coordconv.h.
 // Buffers on the heap have exactly the size that is needed, so AddressSanitizer sees every stray access. For one tier:
 //
 //   g++ -std=c++17 -O0 -g -fsanitize=address,undefined -march=x86-64-v3 -DFOURFOLD_ISA=avx2 -Icsrc
-//     csrc/blockdct/kernels.cpp csrc/common/isa.cpp tests/kernels_main.cpp -o kernels_main
+//     csrc/blockdct/kernels.cpp csrc/coordconv/kernels.cpp csrc/common/isa.cpp tests/kernels_main.cpp -o kernels_main
 //
 // Without FOURFOLD_ISA it wants a kernels.cpp of every tier, each compiled with its own flags: .ci/kernel_driver.sh does that.
 #include <algorithm>
@@ -16,12 +17,14 @@
 
 #include "blockdct/kernels.h"
 #include "common/isa.h"
+#include "coordconv/kernels.h"
 
-#define DECLARE(tier)                              \
-  namespace fourfold::tier {                       \
-  extern const blockdct::Kernels blockdct_kernels; \
+#define DECLARE(tier)                                \
+  namespace fourfold::tier {                         \
+  extern const blockdct::Kernels blockdct_kernels;   \
+  extern const coordconv::Kernels coordconv_kernels; \
   }
-#define ENTRY(tier) {fourfold::Tier::tier, &fourfold::tier::blockdct_kernels}
+#define ENTRY(tier) {fourfold::Tier::tier, &fourfold::tier::blockdct_kernels, &fourfold::tier::coordconv_kernels}
 #if defined(FOURFOLD_ISA)
 DECLARE(FOURFOLD_ISA)
 #elif defined(__x86_64__)
@@ -38,10 +41,12 @@ DECLARE(baseline)
 namespace {
 
 using namespace fourfold::blockdct;
+using fourfold::Element, fourfold::kElements, fourfold::kHalf, fourfold::kBFloat16, fourfold::kFloat, fourfold::kDouble;
 
 const struct {
   fourfold::Tier tier;
   const Kernels* kernels;
+  const fourfold::coordconv::Kernels* coordconv;
 } kTiers[] = {
 #if defined(FOURFOLD_ISA)
     ENTRY(FOURFOLD_ISA),
@@ -392,8 +397,10 @@ void test_normalize(const Kernels& kernels, const char* tier) {
 
 }  // namespace
 
+#include "kernels_coordconv.h"
+
 int main() {
-  for (const auto& [tier, kernels] : kTiers) {
+  for (const auto& [tier, kernels, coordconv] : kTiers) {
     const char* name = fourfold::name_of(tier);
     if (tier > fourfold::machine_tier()) {
       std::printf("%s: not run, this processor lacks it\n", name);
@@ -402,6 +409,7 @@ int main() {
     checked = failed = 0;
     test_transforms(*kernels, name);
     test_normalize(*kernels, name);
+    test_coordconv(*coordconv, name);
     std::printf("%s: %ld comparisons, %ld failed\n", name, checked, failed);
     if (failed) return 1;
   }

@@ -1,6 +1,8 @@
 """The benchmark harness: its statistics, its refusal to time wrong answers, its files, and that no op is without a case."""
 
 import argparse
+import dataclasses
+import inspect
 import json
 import math
 import subprocess
@@ -15,7 +17,7 @@ fourfold = pytest.importorskip("fourfold")
 
 from fourfold.benchmarks import __main__ as program  # noqa: E402
 from fourfold.benchmarks import cases, every_case, harness, report  # noqa: E402
-from fourfold.benchmarks.harness import Case, Contestant, Session, Settings, Tolerance  # noqa: E402
+from fourfold.benchmarks.harness import Case, Contestant, Group, Session, Settings, Tolerance  # noqa: E402
 from fourfold.benchmarks.options import add_options, to_arguments, to_settings  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -126,6 +128,76 @@ def test_deviation(got, complaint):
     assert found == complaint if complaint is None else complaint in found
 
 
+def test_a_tolerance_of_rms_measures_each_tensor_by_itself():
+    tolerance = Tolerance(1e-2, 0.0, of_rms=True)
+    large, small = torch.tensor([300.0, -400.0], dtype=torch.float64), torch.tensor([3e-3, 4e-3], dtype=torch.float64)
+    assert harness.deviation((large + 3, small), (large, small), tolerance)[1] is None  # of an rms of 354
+    assert harness.deviation((large, small + 3e-5), (large, small), tolerance)[1] is None
+    error, complaint = harness.deviation((large, small + 4e-5), (large, small), tolerance)
+    assert error == pytest.approx(4e-5) and complaint == "largest error 4e-05, tolerance 0.01·rms + 0·|reference|"
+
+
+def tripled(factor: float = 3.0) -> Contestant:
+    """A yardstick: right where it triples."""
+    return Contestant("tripling", lambda x, state: lambda: x * factor, reference=lambda x: x.double() * 3)
+
+
+def test_a_yardstick_has_its_own_reference_and_is_no_rival(session):
+    result = session.run(toy(yardsticks=(tripled(),), group=Group("toys", 1.0, 2.0)), threads=1)
+    assert result["wrong"] == {} and set(result["ratio"]) == {"sound", "rival"} and set(result["cost"]) == {"tripling"}
+    assert result["group"] == {"name": "toys", "goal": 1.0, "limit": 2.0}
+    assert f"{result['cost']['tripling']['median']:.2f} (" in report.line(result) and "of tripling" in report.line(result)
+
+
+def test_the_cost_is_our_time_over_the_yardsticks(session, monkeypatch):
+    clock = FakeClock(fourfold=6e-3, tripling=2e-3, sound=9e-3, rival=9e-3)
+    race = harness.Race({name: clock.call(name) for name in clock.seconds}, clock)
+    race.play_round()
+    case = toy(yardsticks=(tripled(),))
+    monkeypatch.setattr(session, "_gemm_peak", lambda threads: 1.0)
+    race.times["copy_"] = [1e-3]
+    summary = session._summary(case, race, 1)
+    assert summary["cost"]["tripling"]["median"] == pytest.approx(3)
+    assert summary["ratio"]["sound"]["median"] == pytest.approx(1.5)
+
+
+def test_a_wrong_yardstick_gets_no_cost(session):
+    result = session.run(toy(yardsticks=(tripled(2.0),)), threads=1)
+    assert set(result["wrong"]) == {"tripling"} and result["cost"] == {} and "tripling" not in result["ms"]
+
+
+def test_saved_for_backward_counts_a_storage_once_and_knows_what_lives_anyway():
+    x = torch.ones(1000, requires_grad=True)
+    weight = torch.ones(1000)
+
+    def squares():
+        y = (x * weight).sigmoid()  # keeps weight, y
+        return y, torch.autograd.grad(y, x, torch.ones_like(y))
+
+    assert harness.saved_for_backward(lambda: squares()[0], [x, weight]) == {"bytes": 8000, "anew": 0}
+    assert harness.saved_for_backward(lambda: squares()[0].detach().clone(), [x]) == {"bytes": 8000, "anew": 8000}
+    # exp's result, whole and in part, and x.
+    twice = harness.saved_for_backward(lambda: [(x.exp()[:500] * x[:500]).detach()], [x])
+    assert twice == {"bytes": 8000, "anew": 4000}
+
+
+def test_a_case_with_a_backward_pass_tells_what_is_saved(session):
+    def make(x, state):
+        leaf = x.clone().requires_grad_()
+
+        def call():
+            y = leaf * 2
+            return torch.autograd.grad((y * y).sum(), leaf)[0] / (4 * y.detach())
+
+        return call
+
+    case = toy(reference=torch.ones_like, rivals=(), held=lambda x: [x])
+    case = dataclasses.replace(case, ours=Contestant("fourfold", make))
+    result = session.run(case, threads=1)
+    assert result["wrong"] == {} and result["saved"] == {"fourfold": {"bytes": 400, "anew": 400}}
+    assert "fourfold 0.0 MB (0.0 of it anew)" in report.docs_page({"run.json": session.document()})
+
+
 def test_a_sound_case_is_timed(session):
     result = session.run(toy(), threads=1)
     assert result["wrong"] == {} and set(result["ms"]) == {"fourfold", "sound", "rival", "copy_"}
@@ -153,6 +225,15 @@ def test_an_overhead_is_the_difference_to_clone(session):
     assert set(result["ms"]) == {"fourfold", "clone"} and "copy_share" not in result
     between = [result["ms"]["fourfold"][key] - result["ms"]["clone"][other] for key, other in (("min", "max"), ("max", "min"))]
     assert between[0] * 1e3 <= result["overhead_us"]["median"] <= between[1] * 1e3
+
+
+def test_an_overhead_is_over_the_yardstick_where_there_is_one(session):
+    result = session.run(toy(rivals=(), overhead=True, yardsticks=(tripled(),)), threads=1)
+    assert set(result["ms"]) == {"fourfold", "tripling"} and "over tripling" in report.line(result)
+    document = session.document()
+    assert "tripling + " in report.docs_page({"run.json": document})
+    result = session.run(toy(rivals=(), overhead=True, yardsticks=(tripled(2.0),)), threads=1)
+    assert set(result["wrong"]) == {"tripling"} and "ms" not in result
 
 
 @pytest.mark.parametrize(("changes", "code"), [({}, 0), ({"rival": 3.0}, 1), ({"ours": 3.0}, 1)])
@@ -271,24 +352,71 @@ def test_the_html_report_is_one_file_with_charts(session):
 def test_readme_is_changed_between_the_markers_only(session):
     session.run(toy(headline=True), threads=1)
     session.run(toy(headline=False, op="hidden"), threads=1)
-    document = session.document()
-    filled = report.into_readme(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", document)
-    assert filled == f"before\n{report.BEGIN}\n{report.readme_table(document)}\n{report.END}\nafter\n"
+    documents = [session.document()]
+    filled = report.into_readme(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", documents)
+    assert filled == f"before\n{report.BEGIN}\n{report.readme_table(documents)}\n{report.END}\nafter\n"
     assert "`double`" in filled and "hidden" not in filled
-    assert report.into_readme(filled, document) == filled
+    assert report.into_readme(filled, documents) == filled
     with pytest.raises(ValueError, match="once each"):
-        report.into_readme("no markers", document)
+        report.into_readme("no markers", documents)
+
+
+def grouped(label: str, cost: float, ratio: float, threads: int = 1, group: str = "toys") -> report.Result:
+    result = {"op": "double", "label": label, "state": "heap", "threads": threads, "family": "toy", "headline": True}
+    spreads = {"cost": {"tripling": {"median": cost}}, "ratio": {"rival": {"median": ratio}}}
+    return result | spreads | {"ms": {}, "wrong": {}, "group": {"name": group, "goal": 1.05, "limit": 1.1}}
+
+
+def test_a_group_is_judged_by_its_geometric_mean():
+    results = [grouped("a", 1.0, 2.0), grouped("b", 4.0, 8.0), grouped("a", 9.0, 3.0, threads=2)]
+    header, _, row = report.group_table(results).splitlines()
+    assert (
+        header
+        == "| op | cases | goal | cost over, 1 thread | × rivals, 1 thread | cost over, 2 threads | × rivals, 2 threads |"
+    )
+    means = "2.00 (1.00–4.00) of tripling | 4.00× (2.00–8.00) rival | 9.00 (9.00–9.00) of tripling | 3.00× (3.00–3.00) rival"
+    assert row == f"| `double` | toys: 2 | mean ≤ 1.05, each ≤ 1.10 | {means} |"
+    assert report.group_table([results[0] | {"group": None}]) is None
+
+
+def test_a_group_says_how_many_of_its_cases_are_missing():
+    wrong = {key: value for key, value in grouped("b", 4.0, 8.0).items() if key not in {"ms", "cost", "ratio"}}
+    table = report.group_table([grouped("a", 1.0, 2.0), wrong | {"wrong": {"fourfold": "why"}}])
+    assert "toys: 1 of 2 without a WRONG" in table and "1.00 (1.00–1.00) of tripling" in table
+
+
+def test_readme_and_docs_show_two_families(session):
+    session.run(toy(headline=True, family="first"), threads=1)
+    group = {"family": "second", "op": "redouble", "yardsticks": (tripled(),), "group": Group("toys", 1.05), "headline": True}
+    session.run(toy(label="small", **group), threads=1)
+    session.run(toy(label="large", **group), threads=1)
+    document = session.document()
+    both = report.readme_table([document])
+    assert [line.split(" | ")[:2] for line in both.splitlines() if line.startswith("| `")] == [
+        ["| `double`", "100 [heap]"],
+        ["| `redouble`", "toys: 2"],
+    ]
+    page = report.docs_page({"cpu.json": document})
+    double, redouble = page.split("### double\n")[1].split("### redouble: toys\n")
+    assert "cost over the yardstick" not in double and "| cost over the yardstick |" in redouble and "| small |" in redouble
+    assert "A yardstick does less" in page and "| `redouble` | toys: 2 | mean ≤ 1.05 |" in page
+
+
+def test_readme_shows_the_runs_of_this_kind_of_machine_one_or_one_per_family():
+    documents = {"cpu.json": {"a": 1}, "cpu-toys.json": {"b": 2}, "gpu.json": {"c": 3}}
+    assert report.readme_runs(documents) == [{"a": 1}, {"b": 2}]
 
 
 def _stored() -> dict[str, report.Document]:
-    return {path.name: report.load(path) for path in sorted((ROOT / "benchmarks" / "results").glob("*.json"))}
+    stored = sorted((ROOT / "benchmarks" / "results").glob("*.json"), key=lambda path: path.stem)
+    return {path.name: report.load(path) for path in stored}
 
 
 def test_readme_shows_the_stored_run():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    stored = _stored()
-    assert report.README_RUN in stored, f"store a run as benchmarks/results/{report.README_RUN} with --json"
-    assert report.into_readme(readme, stored[report.README_RUN]) == readme, "run python -m fourfold.benchmarks --render"
+    runs = report.readme_runs(_stored())
+    assert runs, f"store a run as benchmarks/results/{report.README_RUN}.json with --json"
+    assert report.into_readme(readme, runs) == readme, "run python -m fourfold.benchmarks --render"
 
 
 def test_docs_show_the_stored_runs():
@@ -315,7 +443,7 @@ def test_list(capsys):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--family", "nope"], "--family: must be one of blockdct"),
+        (["--family", "nope"], "--family: must be one of blockdct, coordconv"),
         (["--op", "nope"], "no case fits"),
         (["--threads", "0"], "must be thread counts like 1 or 1,2, got '0'"),
         (["--threads", "1,two"], "must be thread counts like 1 or 1,2, got '1,two'"),
@@ -339,8 +467,20 @@ def test_random_shapes_lie_in_the_stated_range_and_follow_the_seed():
     for seed in range(50):
         for (b, c, height, width), _ in cases.random_images(seed):
             assert b % 2 == 1 and 1 <= b <= 15 and 1 <= c <= 4 and 97 <= height <= 640 and 97 <= width <= 640
-    drawn = [case.label for case in every_case(Settings(random_shapes=True, seed=5))]
+    drawn = [case.label for case in every_case(Settings(random_shapes=True, seed=5, family="blockdct"))]
     assert drawn and all(any(str(shape) in label for shape in cases.random_images(5)) or "int16" in label for label in drawn)
+
+
+def test_random_layers_lie_in_the_stated_range_and_follow_the_seed():
+    assert cases.random_layers(1) == cases.random_layers(1) != cases.random_layers(2)
+    for seed in range(50):
+        for layer in cases.random_layers(seed):
+            b, c, height, width = layer.input
+            assert b % 2 == 1 and 1 <= b <= 15 and 1 <= c <= 96 and 1 <= layer.channels <= 96
+            assert 17 <= height <= 160 and 17 <= width <= 160 and layer.kernel in {1, 3} and layer.stride in {1, 2}
+    drawn = every_case(Settings(random_shapes=True, seed=5, family="coordconv"))
+    sizes = {layer.input for layer in cases.random_layers(5)}
+    assert drawn and all(any("x".join(map(str, size)) in case.label for size in sizes) for case in drawn)
 
 
 def test_the_whole_program_on_one_case(tmp_path):
@@ -361,12 +501,36 @@ def _leaf_ops() -> set[str]:
     return {name.removeprefix("fourfold::") for name in names if not name.startswith("fourfold::_")}
 
 
-def test_every_leaf_op_is_raced_and_its_overhead_stated():
-    ops = _leaf_ops()
-    assert "block_dct" in ops
+def _functions() -> set[str]:
+    """The public functions over tensors that do work: leaf ops, and composites of internal ones."""
+    public = {name for name in fourfold.__all__ if inspect.isfunction(getattr(fourfold, name))}
+    ops = {name for name in public if getattr(fourfold, name).__module__.startswith("fourfold.ops.")}
+    return ops - {"zigzag"}  # a list of constants
+
+
+def test_every_function_is_raced_and_its_overhead_stated():
+    functions, leaves = _functions(), _leaf_ops()
+    assert "block_dct" in leaves < functions and "coord_conv2d" in functions
     for settings in (Settings(), Settings(quick=True)):
         chosen = every_case(settings)
-        assert {case.op for case in chosen if case.rivals and not case.overhead} == ops
-        assert {case.op for case in chosen if case.overhead and case.overhead_goal} == ops
+        assert {case.op for case in chosen if case.rivals and not case.overhead} == functions
+        assert {case.op for case in chosen if case.overhead} == functions
+        assert {case.op for case in chosen if case.overhead and case.overhead_goal} == leaves
         names = [case.name for case in chosen]
         assert len(names) == len(set(names))
+
+
+def test_coord_conv_races_the_nine_layers_in_every_mode_against_both_concatenations():
+    chosen = [case for case in every_case(Settings(family="coordconv")) if case.group]
+    groups = {}
+    for case in chosen:
+        groups.setdefault(case.group.name, set()).add(case.label)
+        assert {rival.name for rival in case.rivals} == {"concat at its best", "concat as published"}
+        assert case.yardsticks[0].reference is not None and case.state == "heap"
+        assert (case.held is not None) == ("backward" in case.group.name)
+    modes = ("with ReLU", "bare", "forward and backward", "forward and backward with ReLU", "compiled, with ReLU")
+    wanted = {f"{mode}, {dtype}" for mode in modes for dtype in ("float32", "bfloat16")}
+    compiles = Settings().compiles
+    assert set(groups) == {name for name in wanted if compiles or not name.startswith("compiled")}
+    labels = {str(layer) for layer in cases.LAYERS}
+    assert len(labels) == 9 and all(found == labels for found in groups.values())

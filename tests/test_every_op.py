@@ -22,6 +22,8 @@ REGISTERED = sorted(
     schema.name.removeprefix("fourfold::") for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("fourfold::")
 )
 LEAVES = [name for name in REGISTERED if not name.startswith("_")]
+#: Public functions over the ops that have no schema of their own: {name: family}, as the test files declare them.
+COMPOSITES = {name: family for family in battery.families() for name in battery.composites(family)}
 FUNCTIONS = [name for name in ff.__all__ if inspect.isfunction(getattr(ff, name))]
 #: Functions over tensors, as opposed to facts about the build.
 TENSOR_FUNCTIONS = [name for name in FUNCTIONS if getattr(ff, name).__module__.startswith("fourfold.ops.")]
@@ -83,14 +85,14 @@ def test_mutates_nothing_it_returns(name):
         assert all(result.alias_info is None for result in schema.returns)
 
 
-@pytest.mark.parametrize("name", LEAVES)
+@pytest.mark.parametrize("name", [*LEAVES, *COMPOSITES])
 def test_has_a_row_in_the_readme(name):
     ops = (ROOT / "README.md").read_text().partition("<!-- benchmarks:begin -->")[0]
     rows = [line for line in ops.splitlines() if line.startswith("|")]
     assert any(re.search(rf"\b{name}\b", row) for row in rows), f"README.md has no table row for {name}"
 
 
-@pytest.mark.parametrize("name", LEAVES)
+@pytest.mark.parametrize("name", [*LEAVES, *COMPOSITES])
 def test_has_a_line_in_the_changelog(name):
     assert re.search(rf"\b{name}\b", (ROOT / "CHANGELOG.md").read_text()), f"CHANGELOG.md doesn't name {name}"
 
@@ -104,9 +106,34 @@ def test_has_a_benchmark(name):
     assert any(case.op == name for case in every_case(Settings(quick=True))), f"no quick benchmark of {name}"
 
 
-@pytest.mark.parametrize("name", LEAVES)
+@pytest.mark.parametrize("family", sorted(set(COMPOSITES.values())))
+def test_composites_have_benchmarks(family):
+    """Of one of them at least; with a rival, bytes, and the cost of a call."""
+    cases = [case for case in every_case(Settings()) if COMPOSITES.get(case.op) == family]
+    assert any(case.rivals and case.bytes for case in cases)
+    assert any(case.overhead for case in cases)
+    assert any(COMPOSITES.get(case.op) == family for case in every_case(Settings(quick=True)))
+
+
+@pytest.mark.parametrize("name", [*LEAVES, *COMPOSITES])
 def test_is_public(name):
     assert name in TENSOR_FUNCTIONS
+
+
+def test_every_public_function_is_known():
+    """As a leaf op, as a composite, or as one that needs no tensor."""
+    of_numbers = {"zigzag"}
+    assert set(TENSOR_FUNCTIONS) == {*LEAVES, *COMPOSITES} | of_numbers
+
+
+@pytest.mark.parametrize("name", sorted(OPS))
+def test_only_internal_ops_are_excused(name):
+    """From checks that there are, and not from all that look at a kernel."""
+    op = OPS[name]
+    assert op.internal or (op.differentiable and not op.excused)
+    checks = {function.__name__ for function, _ in battery.CHECKS}
+    assert {*op.excused, *battery.OF_GRADIENTS} <= checks
+    assert not op.excused.keys() & {"matches_reference", "matches_reference_when_large", "writes_every_element"}
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

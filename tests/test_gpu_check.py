@@ -47,6 +47,7 @@ def contest(device, small):
         torch.clone,
         {"twice": lambda x: x * 2},
         0.5,
+        {"nothing": lambda x: x * 0},
     )
 
 
@@ -59,6 +60,7 @@ def test_wrong_results_are_told(tmp_path):
     check.check(run, Check("op", "a check", wrong), CPU)
     check.measure(run, Speed("op", "after it", contest), CPU, True, 1e9)
     assert [row["status"] for row in rows_of(tmp_path)] == ["wrong", "wrong", "skipped"]
+    assert rows_of(tmp_path)[0]["error"] == "twice differs by 1"  # a floor need not agree
     assert check.summary(run.rows) == {"op": ("no: a check", "not measured")}
 
 
@@ -74,6 +76,7 @@ def ledger_rows(kind_of_device, status):
         {**machine, "device": "A GPU", "date": "2026-01-31"},
         {"kind": "correct", "op": "one, two", "name": "case", "status": status},
         {"kind": "speed", "op": "one", "name": "hot", "status": "ok", "share": 0.876},
+        {"kind": "speed", "op": "two", "name": "layer", "status": "ok", "share": None, "of conv": 0.987, "times cat": 3.0},
     ]
 
 
@@ -87,7 +90,7 @@ def test_ledger(tmp_path):
     check.write_ledger(ledger_rows("cuda", "ok"), ledger)
     assert ledger.read_text().splitlines() == [
         "| `one` | yes, 1 checks | 0.88 of copy (hot) | A GPU | 2026-01-31 |",
-        "| `two` | yes, 1 checks | not measured | A GPU | 2026-01-31 |",
+        "| `two` | yes, 1 checks | 0.99 of conv (layer) | A GPU | 2026-01-31 |",
         "| `three` | not measured | not measured | | |",
     ]
     check.write_ledger(ledger_rows("cuda", "wrong"), ledger)
@@ -96,9 +99,9 @@ def test_ledger(tmp_path):
 
 def test_ledger_names_every_op():
     """docs/gpu.md has a row for each op that is checked."""
-    from gpu import cases_blockdct
+    from gpu import cases_blockdct, cases_coordconv
 
     ledger = (CHECK.parents[2] / "docs/gpu.md").read_text()
-    for case in cases_blockdct.CHECKS:
+    for case in cases_blockdct.CHECKS + cases_coordconv.CHECKS:
         for op in case.op.split(", "):
             assert f"| `{op}` |" in ledger

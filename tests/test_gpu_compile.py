@@ -9,11 +9,14 @@ import pytest
 WHY = "Triton is not installed; run: pip install triton"
 triton_kernels = pytest.importorskip("fourfold.triton_kernels", reason=WHY)
 
-CASES = [
-    pytest.param(*case, id=f"{case[0].__name__}-{case[1]['out']}-{','.join(f'{k}={v}' for k, v in case[2].items())}")
-    for cases in triton_kernels.COMPILED.values()
-    for case in cases
-]
+
+def told(kernel, signature, constants, _):
+    """The kernel, the types that it meets, its constants."""
+    types = dict.fromkeys(kind for kind in signature.values() if kind.startswith("*"))
+    return f"{kernel.__name__}-{','.join(types)}-{','.join(f'{k}={v}' for k, v in constants.items())}"
+
+
+CASES = [pytest.param(*case, id=told(*case)) for cases in triton_kernels.COMPILED.values() for case in cases]
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

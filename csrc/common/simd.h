@@ -32,9 +32,11 @@ constexpr int kVectorBytes = 16;
 
 // Element types as they lie in memory; Accumulate<E> is the type they are computed in.
 struct Half {
+  static constexpr bool kIsBFloat16 = false;
   uint16_t bits;
 };
 struct BFloat16 {
+  static constexpr bool kIsBFloat16 = true;
   uint16_t bits;
 };
 template <typename E>
@@ -82,6 +84,19 @@ FOURFOLD_INLINE Vec<T> fill_after(Vec<T> x, int64_t n, T value) {
   typename VectorOf<T>::index number;
   for (int i = 0; i < kLanes<T>; ++i) number[i] = i;
   return number < static_cast<decltype(number[0] + number[0])>(n) ? x : broadcast(value);
+}
+
+// x where it is above 0 or NaN, else 0.
+template <typename T>
+FOURFOLD_INLINE Vec<T> positive_part(Vec<T> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_max_ps(_mm512_setzero_ps(), (__m512)x);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm256_max_ps(_mm256_setzero_ps(), (__m256)x);
+#elif defined(__x86_64__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm_max_ps(_mm_setzero_ps(), (__m128)x);
+#endif
+  return x < T{0} ? Vec<T>{} : x;
 }
 
 // ---- 16-bit floats -------------------------------------------------------------------------------------------------------
@@ -201,6 +216,29 @@ FOURFOLD_INLINE void store(E* p, Vec<Accumulate<E>> x) {
   } else {
     *(Loose<E>*)p = x;
   }
+}
+
+// Stores kCount vectors, one after the other.
+template <typename E, int kCount>
+FOURFOLD_INLINE void store_all(E* p, const Vec<Accumulate<E>> (&x)[kCount]) {
+#if defined(__AVX512BF16__)
+  if constexpr (sizeof(E) == 2 && kCount % 2 == 0) {
+    if constexpr (E::kIsBFloat16) {
+      // As in narrow, with one branch for all and two vectors an instruction.
+      constexpr int kSubnormal = 0x20;
+      __mmask16 rare = 0;
+      for (int v = 0; v < kCount; ++v) rare |= _mm512_fpclass_ps_mask((__m512)x[v], kSubnormal);
+      if (__builtin_expect(rare == 0, 1)) {
+        for (int v = 0; v < kCount; v += 2) {
+          const __m512bh both = _mm512_cvtne2ps_pbh((__m512)x[v + 1], (__m512)x[v]);
+          _mm512_storeu_si512(p + v * kLanes<float>, (__m512i)both);
+        }
+        return;
+      }
+    }
+  }
+#endif
+  for (int v = 0; v < kCount; ++v) store(p + v * kLanes<Accumulate<E>>, x[v]);
 }
 
 // The first n lanes (0 <= n <= lanes), zero in the rest; reads nothing past them.

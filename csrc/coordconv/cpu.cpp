@@ -36,8 +36,9 @@ const Pieces<T>& pieces() {
   }
 }
 
-// Elements that a thread treats at a time: they and as much of the map stay in its first two caches.
-constexpr int64_t kChunk = 8192;
+// Elements that a thread treats at a time: their part of the map stays in its first cache.
+constexpr int64_t kChunk = 2048;
+constexpr int64_t kLargeBytes = int64_t{16} << 20;
 // Below this much work a second thread costs more than it brings.
 constexpr int64_t kGrain = 32768;
 
@@ -129,6 +130,8 @@ struct Plan {
   }
 };
 
+constexpr int64_t kMost = int64_t{1} << 40;
+
 // A plan from out_size and class_count; sums of sizes that don't fit memory are refused.
 template <typename T>
 Plan<T> make_plan(const char* op, const Ints& out_size, const Ints& class_count) {
@@ -137,7 +140,6 @@ Plan<T> make_plan(const char* op, const Ints& out_size, const Ints& class_count)
   require(1 <= rank && rank <= kMaxRank, op, ": there must be 1 to 3 spatial axes, got ", rank);
   require(static_cast<int64_t>(class_count.size()) == rank, op, ": class_count must have ", rank, " entries, got ",
           class_count.size());
-  constexpr int64_t kMost = int64_t{1} << 40;
   plan.axes.resize(rank);
   for (int64_t a = 0; a < rank; ++a) {
     require(out_size[a] >= 1 && class_count[a] >= 1 && class_count[a] <= out_size[a], op,
@@ -170,7 +172,8 @@ void set_taps(Plan<T>& plan, const char* op, const Tensor& taps, const Tensor& v
           kernel.size());
   int64_t tap_count = 0, valid_count = 0;
   for (int64_t a = 0; a < plan.rank(); ++a) {
-    require(kernel[a] >= 1 && kernel[a] < (int64_t{1} << 31), op, ": kernel sizes must be at least 1, got ", kernel[a]);
+    require(kernel[a] >= 1, op, ": kernel sizes must be at least 1, got ", kernel[a]);
+    require(kernel[a] <= kMost / plan.axes[a].out, op, ": the taps are too many");
     plan.axes[a].k = kernel[a];
     tap_count += kernel[a] * plan.axes[a].out;
     valid_count += kernel[a] * plan.axes[a].class_count;
@@ -350,54 +353,44 @@ Tensor coord_tables(const Tensor& coord_weight, const Tensor& taps, const Tensor
 
 // ---- adding the map ------------------------------------------------------------------------------------------------------
 
-// Builds pieces of the map [C, *out] in the order of y.
+// The tables [Cout, L] of a plan, and how to add the map that they stand for to images [C, *out].
 template <typename T>
-struct MapBuilder {
+struct Map {
   const Plan<T>& plan;
   std::vector<Run> runs;
-  const T* tables;
+  const T* tables;  // in the memory order of the images
   int64_t channels;
-  const T* dense;  // [C, *out] in the order of y, or null
   const Pieces<T>& p = pieces<T>();
 
-  // Positions [begin, end) of channels_last: map [end - begin, C].
-  void build_last(T* map, int64_t begin, int64_t end, std::vector<T>& row) const {
-    const int64_t width = plan.last().out, rank = plan.rank();
-    const int64_t first = begin;
-    row.resize(channels);
-    while (begin < end) {
-      Outer outer(plan, begin / width);
-      const int64_t w = begin % width, stop = std::min(width, w + end - begin);
-      T* to = map + (begin - first) * channels;
-      const T* along = tables + (plan.column(rank - 1, outer.of_class) + w) * channels;
-      if (rank == 1) {
-        std::copy(along, along + (stop - w) * channels, to);
-      } else {
-        for (const Run& run : runs) {
-          const int64_t from = std::max(run.begin, w), until = std::min(run.end, stop);
-          if (from >= until) continue;
-          outer.of_class[rank - 1] = run.of_class;
-          const T* across = tables + (plan.column(0, outer.of_class) + outer.o[0]) * channels;
-          if (rank == 3) {
-            std::copy(across, across + channels, row.begin());
-            p.add(row.data(), tables + (plan.column(1, outer.of_class) + outer.o[1]) * channels, channels);
-            across = row.data();
-          }
-          p.add_row(to + (from - w) * channels, along + (from - w) * channels, across, until - from, channels);
-        }
+  int64_t rows() const { return plan.positions / plan.last().out; }
+
+  // Adds row `row` of the map to the same row of an image in channels_last: y and activated are [last axis, C].
+  void add_row_last(AddMap add_map, char* y, char* activated, int64_t bytes, int64_t row, std::vector<T>& summed) const {
+    const int64_t rank = plan.rank(), width = plan.last().out;
+    Outer outer(plan, row);
+    const T* along = tables + plan.column(rank - 1, outer.of_class) * channels;
+    if (rank == 1) return add_map(y, along, nullptr, activated, width, channels);
+    for (const Run& run : runs) {
+      outer.of_class[rank - 1] = run.of_class;
+      const T* across = tables + (plan.column(0, outer.of_class) + outer.o[0]) * channels;
+      if (rank == 3) {
+        summed.assign(across, across + channels);
+        p.add(summed.data(), tables + (plan.column(1, outer.of_class) + outer.o[1]) * channels, channels);
+        across = summed.data();
       }
-      begin += stop - w;
+      const int64_t first = run.begin * channels;
+      add_map(y + first * bytes, along + first, across, activated == nullptr ? nullptr : activated + first * bytes,
+              run.end - run.begin, channels);
     }
-    if (dense != nullptr) p.add(map, dense + first * channels, (end - first) * channels);
   }
 
-  // Elements [begin, end) of channels_first.
+  // Elements [begin, end) of the map [C, *out] itself.
   void build_first(T* map, int64_t begin, int64_t end) const {
-    const int64_t width = plan.last().out, rank = plan.rank(), rows = plan.positions / width;
+    const int64_t width = plan.last().out, rank = plan.rank();
     const int64_t first = begin;
     while (begin < end) {
-      const int64_t c = begin / width / rows, w = begin % width, stop = std::min(width, w + end - begin);
-      Outer outer(plan, begin / width % rows);
+      const int64_t c = begin / width / rows(), w = begin % width, stop = std::min(width, w + end - begin);
+      Outer outer(plan, begin / width % rows());
       const T* table = tables + c * plan.length;
       const T* along = table + plan.column(rank - 1, outer.of_class);
       T* to = map + (begin - first);
@@ -415,9 +408,53 @@ struct MapBuilder {
       }
       begin += stop - w;
     }
-    if (dense != nullptr) p.add(map, dense + first, end - first);
+  }
+
+  // y [B, C, *out] in channels_last: memory is walked once from end to end, the tables stay in cache.
+  void add_last(AddMap add_map, char* y, char* activated, int64_t bytes, int64_t batch) const {
+    const int64_t size = plan.last().out * channels;
+    torch::stable::parallel_for(0, batch * rows(), kGrain / size + 1, [&](int64_t begin, int64_t end) {
+      std::vector<T> summed;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t offset = i * size * bytes;
+        add_row_last(add_map, y + offset, activated == nullptr ? nullptr : activated + offset, bytes, i % rows(), summed);
+      }
+    });
+  }
+
+  // y [B, C, *out] otherwise: rows are short, so the map is built in pieces, each for all samples while it is in cache.
+  void add_first(AddMap add_map, char* y, char* activated, int64_t bytes, int64_t batch) const {
+    const int64_t image = plan.positions * channels, chunks = (image + kChunk - 1) / kChunk;
+    torch::stable::parallel_for(0, chunks * batch, kGrain / kChunk, [&](int64_t begin, int64_t end) {
+      T map[kChunk];
+      int64_t built = -1;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t chunk = i / batch, first = chunk * kChunk, stop = std::min(image, first + kChunk);
+        if (chunk != built) build_first(map, first, stop);
+        built = chunk;
+        const int64_t offset = (i % batch * image + first) * bytes;
+        add_map(y + offset, map, nullptr, activated == nullptr ? nullptr : activated + offset, 1, stop - first);
+      }
+    });
+  }
+
+  void add(bool last, AddMap add_map, char* y, char* activated, int64_t bytes, int64_t batch) const {
+    last ? add_last(add_map, y, activated, bytes, batch) : add_first(add_map, y, activated, bytes, batch);
   }
 };
+
+// Adds one image to each of a batch.
+template <typename T>
+void add_image(AddMap add_map, char* y, char* activated, int64_t bytes, int64_t batch, const T* image, int64_t size) {
+  const int64_t chunks = (size + kChunk - 1) / kChunk;
+  torch::stable::parallel_for(0, batch * chunks, kGrain / kChunk, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i % chunks * kChunk, count = std::min(kChunk, size - first);
+      const int64_t offset = (i / chunks * size + first) * bytes;
+      add_map(y + offset, image + first, nullptr, activated == nullptr ? nullptr : activated + offset, 1, count);
+    }
+  });
+}
 
 Activation parse_activation(const char* op, const std::string& activation) {
   if (activation == "none") return kNone;
@@ -462,28 +499,15 @@ void run_add_map(const Tensor& y, const Tensor& tables, const Tensor& classes, c
                 lies_as(*activated, 1, order),
             op, ": activated must be of y's shape, type and memory order, got ", shape_of(*activated));
   }
-  const MapBuilder<T> builder{plan, plan.runs(), static_cast<const T*>(in_order.const_data_ptr()), channels,
-                              dense ? static_cast<const T*>(dense->const_data_ptr()) : nullptr};
-  const AddMap add_map = kernels().add_map[element_of(y)][activation];
-  const int64_t unit = last ? channels : 1, count = last ? plan.positions : plan.positions * channels;
-  const int64_t per_chunk = std::max<int64_t>(1, kChunk / unit), chunks = (count + per_chunk - 1) / per_chunk;
-  const int64_t image = plan.positions * channels, bytes = y.element_size();
+  const Map<T> map{plan, plan.runs(), static_cast<const T*>(in_order.const_data_ptr()), channels};
+  const auto& add_map = kernels().add_map;
   char* to = static_cast<char*>(y.mutable_data_ptr());
   char* also = activated ? static_cast<char*>(activated->mutable_data_ptr()) : nullptr;
-  // The batch runs inside a chunk, so that its piece of the map is built once and read from cache.
-  torch::stable::parallel_for(0, chunks * batch, kGrain / (per_chunk * unit) + 1, [&](int64_t begin, int64_t end) {
-    std::vector<T> map(per_chunk * unit), row;
-    int64_t built = -1;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t chunk = i / batch, b = i % batch;
-      const int64_t first = chunk * per_chunk, stop = std::min(count, first + per_chunk);
-      if (chunk != built)
-        last ? builder.build_last(map.data(), first, stop, row) : builder.build_first(map.data(), first, stop);
-      built = chunk;
-      const int64_t offset = (b * image + first * unit) * bytes;
-      add_map(to + offset, map.data(), also == nullptr ? nullptr : also + offset, (stop - first) * unit);
-    }
-  });
+  if (!dense) return map.add(last, add_map[element_of(y)][activation], to, also, y.element_size(), batch);
+  const Tensor total = torch::stable::clone(*dense);
+  map.add(last, add_map[element_of(total)][kNone], static_cast<char*>(total.mutable_data_ptr()), nullptr, sizeof(T), 1);
+  add_image(add_map[element_of(y)][activation], to, also, y.element_size(), batch,
+            static_cast<const T*>(total.const_data_ptr()), plan.positions * channels);
 }
 
 void add_map(Tensor y, const Tensor& tables, const Tensor& classes, Ints class_count, std::optional<Tensor> dense,
@@ -519,7 +543,9 @@ std::tuple<Tensor, Tensor> batch_sum(const Tensor& grad, std::optional<Tensor> r
   const int64_t batch = grad.size(0), image = total.numel(), bytes = grad.element_size();
   if (batch * image > 0) {
     const AddGrad add_grad = kernels().add_grad[element_of(grad)];
-    const int64_t chunk = std::max<int64_t>(256, std::min<int64_t>(kChunk, image / 64));
+    // Beyond the caches long walks through memory count more than a sum that stays in the first of them.
+    const int64_t longest = batch * image * bytes > kLargeBytes ? 32 * kChunk : kChunk;
+    const int64_t chunk = std::max<int64_t>(256, std::min<int64_t>(longest, image / 8));
     const int64_t chunks = (image + chunk - 1) / chunk, total_bytes = total.element_size();
     const char* from = static_cast<const char*>(grad.const_data_ptr());
     const char* mask = relu_output ? static_cast<const char*>(relu_output->const_data_ptr()) : nullptr;

@@ -76,7 +76,7 @@ FOURFOLD_INLINE Vec<double> complementary_error(Vec<double> x) {
 
 template <Activation A, typename T>
 FOURFOLD_INLINE Vec<T> activate(Vec<T> x, T) {
-  if constexpr (A == coordconv::kRelu) return x < T{0} ? Vec<T>{} : x;  // NaN stays
+  if constexpr (A == coordconv::kRelu) return positive_part<T>(x);
   if constexpr (A == coordconv::kSilu) return x / (T{1} + exponential(-x));
   if constexpr (A == coordconv::kGelu) return x * T{0.5} * complementary_error(x * T{-0.70710678118654752440});
   return x;
@@ -92,35 +92,95 @@ FOURFOLD_INLINE Vec<Accumulate<E>> rounded(Vec<Accumulate<E>> x) {
   }
 }
 
+// y + map activated, at elements i and on; the map is along[i] + across.
 template <typename E, Activation A>
-void add_map(void* y_memory, const void* map_memory, void* activated_memory, int64_t n) {
+struct Added {
   using T = Accumulate<E>;
-  E* y = static_cast<E*>(y_memory);
-  const T* map = static_cast<const T*>(map_memory);
-  E* activated = static_cast<E*>(activated_memory);
+  E* y;
+  const T* along;
+  E* activated;
+
   // relu and rounding give the same in either order.
-  constexpr bool kRoundFirst = A == coordconv::kSilu || A == coordconv::kGelu;
-  const auto result = [](Vec<T> x) __attribute__((always_inline)) { return activate<A>(kRoundFirst ? rounded<E>(x) : x, T{}); };
-  if (activated == nullptr) {
-    for_vectors<T>(
-        n, [&](int64_t i) __attribute__((always_inline)) { store(y + i, result(load(y + i) + load(map + i))); },
-        [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-          store_first(y + i, result(load_first(y + i, count) + load_first(map + i, count)), count);
-        });
-    return;
+  static constexpr bool kRoundFirst = A == coordconv::kSilu || A == coordconv::kGelu;
+
+  FOURFOLD_INLINE static Vec<T> result(Vec<T> x) { return activate<A>(kRoundFirst ? rounded<E>(x) : x, T{}); }
+
+  template <int kCount>
+  FOURFOLD_INLINE void whole(int64_t i, const Vec<T> (&across)[kCount]) const {
+    Vec<T> x[kCount];
+#pragma GCC unroll 4
+    for (int v = 0; v < kCount; ++v) {
+      const int64_t at = i + v * kLanes<T>;
+      x[v] = load(y + at) + (load(along + at) + across[v]);
+    }
+    if (activated != nullptr) store_all(y + i, x);
+#pragma GCC unroll 4
+    for (int v = 0; v < kCount; ++v) x[v] = result(x[v]);
+    store_all((activated == nullptr ? y : activated) + i, x);
   }
-  for_vectors<T>(
-      n,
-      [&](int64_t i) __attribute__((always_inline)) {
-        const Vec<T> x = load(y + i) + load(map + i);
-        store(y + i, x);
-        store(activated + i, result(x));
-      },
-      [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-        const Vec<T> x = load_first(y + i, count) + load_first(map + i, count);
-        store_first(y + i, x, count);
-        store_first(activated + i, result(x), count);
-      });
+
+  FOURFOLD_INLINE void rest(int64_t i, int64_t count, Vec<T> across) const {
+    const Vec<T> x = load_first(y + i, count) + (load_first(along + i, count) + across);
+    if (activated != nullptr) store_first(y + i, x, count);
+    store_first((activated == nullptr ? y : activated) + i, result(x), count);
+  }
+
+  // Elements [0, end); across repeats every kPeriod vectors.
+  template <int kPeriod>
+  FOURFOLD_INLINE void repeat(const T* across, int64_t end) const {
+    Vec<T> kept[kPeriod];
+    for (int v = 0; v < kPeriod; ++v) kept[v] = load(across + v * kLanes<T>);
+    int64_t i = 0;
+    for (; i + kPeriod * kLanes<T> <= end; i += kPeriod * kLanes<T>) whole(i, kept);
+    finish(i, end, kept);
+  }
+
+  // What is left of less than a period.
+  template <int kPeriod>
+  FOURFOLD_INLINE void finish(int64_t i, int64_t end, const Vec<T> (&across)[kPeriod]) const {
+    for (int v = 0; i < end; ++v, i += kLanes<T>) {
+      const Vec<T> one[1] = {across[v]};
+      i + kLanes<T> <= end ? whole(i, one) : rest(i, end - i, across[v]);
+    }
+  }
+};
+
+// Vectors that are treated at a time, and that a repeated row may fill to stay in registers.
+constexpr int kGroup = 4;
+
+template <typename E, Activation A>
+void add_map(void* y_memory, const void* along_memory, const void* across_memory, void* activated_memory, int64_t rows,
+             int64_t width) {
+  using T = Accumulate<E>;
+  constexpr int64_t kMost = kGroup * kLanes<T>;
+  const Added<E, A> added{static_cast<E*>(y_memory), static_cast<const T*>(along_memory), static_cast<E*>(activated_memory)};
+  const T* across = static_cast<const T*>(across_memory);
+  if (across == nullptr) {
+    const T zeros[kMost] = {};
+    return added.template repeat<kGroup>(zeros, rows * width);
+  }
+  // Short rows side by side until they fill four vectors, or three; not worth it for a few.
+  if (rows * width >= 2 * kMost && (kMost % width == 0 || (kMost - kLanes<T>) % width == 0)) {
+    T pattern[kMost];
+    for (int64_t i = 0; i + width <= kMost; i += width) {
+      for (int64_t j = 0; j < width; ++j) pattern[i + j] = across[j];
+    }
+    return kMost % width == 0 ? added.template repeat<kGroup>(pattern, rows * width)
+                              : added.template repeat<kGroup - 1>(pattern, rows * width);
+  }
+  for (int64_t start = 0; start < rows * width; start += width) {
+    int64_t i = 0;
+    for (; i + kMost <= width; i += kMost) {
+      Vec<T> part[kGroup];
+      for (int v = 0; v < kGroup; ++v) part[v] = load(across + i + v * kLanes<T>);
+      added.whole(start + i, part);
+    }
+    for (; i < width; i += kLanes<T>) {
+      const int64_t count = width - i;
+      const Vec<T> part[1] = {count < kLanes<T> ? load_first(across + i, count) : load(across + i)};
+      count < kLanes<T> ? added.rest(start + i, count, part[0]) : added.whole(start + i, part);
+    }
+  }
 }
 
 // ---- gradients -----------------------------------------------------------------------------------------------------------
@@ -208,31 +268,6 @@ T dot(const T* a, const T* b, int64_t n) {
   return over_lanes<T>(total);
 }
 
-// Rows shorter than this are repeated until they fill vectors to the end.
-constexpr int64_t kNarrow = 64;
-
-template <typename T>
-void add_row(T* out, const T* in, const T* row, int64_t rows, int64_t width) {
-  if (width < kNarrow && width % kLanes<T> != 0 && rows >= 2 * kLanes<T>) {
-    // kLanes rows are a whole number of vectors, whatever their width.
-    T pattern[kNarrow * kLanes<T>];
-    const int64_t period = width * kLanes<T>;
-    for (int64_t i = 0; i < period; i += width) {
-      for (int64_t j = 0; j < width; ++j) pattern[i + j] = row[j];
-    }
-    for (; rows >= kLanes<T>; rows -= kLanes<T>, out += period, in += period) {
-      for (int64_t i = 0; i < period; i += kLanes<T>) store(out + i, load(in + i) + load(pattern + i));
-    }
-  }
-  for (int64_t r = 0; r < rows; ++r, out += width, in += width) {
-    for_vectors<T>(
-        width, [&](int64_t i) __attribute__((always_inline)) { store(out + i, load(in + i) + load(row + i)); },
-        [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-          store_first(out + i, load_first(in + i, count) + load_first(row + i, count), count);
-        });
-  }
-}
-
 template <typename T>
 void add_rows(T* out, int64_t out_step, const T* in, int64_t in_step, int64_t rows, int64_t width) {
   if (out_step == width && in_step == width) return add(out, in, rows * width);
@@ -259,7 +294,7 @@ void sum_rows(T* out, const T* in, int64_t in_step, int64_t rows, int64_t width)
 
 #define FOURFOLD_ACTIVATIONS(E) \
   {add_map<E, coordconv::kNone>, add_map<E, coordconv::kRelu>, add_map<E, coordconv::kSilu>, add_map<E, coordconv::kGelu>}
-#define FOURFOLD_PIECES(T) {add<T>, add_multiple<T>, add_number<T>, sum<T>, dot<T>, add_row<T>, add_rows<T>, sum_rows<T>}
+#define FOURFOLD_PIECES(T) {add<T>, add_multiple<T>, add_number<T>, sum<T>, dot<T>, add_rows<T>, sum_rows<T>}
 
 extern const coordconv::Kernels coordconv_kernels = {
     {FOURFOLD_ACTIVATIONS(Half), FOURFOLD_ACTIVATIONS(BFloat16), FOURFOLD_ACTIVATIONS(float), FOURFOLD_ACTIVATIONS(double)},

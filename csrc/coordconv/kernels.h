@@ -10,8 +10,9 @@ namespace fourfold::coordconv {
 
 enum Activation { kNone, kRelu, kSilu, kGelu, kActivations };
 
-// n elements: y += map, then the activation of what y's type holds, into y, or into activated where that is not null.
-using AddMap = void (*)(void* y, const void* map, void* activated, int64_t n);
+// `rows` rows of `width` elements, one after the other: y += along, and += across, which is one row for all; then the
+// activation of what y's type holds, into y, or into activated where that is not null. across may be null.
+using AddMap = void (*)(void* y, const void* along, const void* across, void* activated, int64_t rows, int64_t width);
 
 // n elements: total += grad; where relu_output is not null, grad counts as 0 where relu_output <= 0, and kept gets what counts.
 using AddGrad = void (*)(const void* grad, const void* relu_output, void* kept, void* total, int64_t n);
@@ -24,8 +25,6 @@ struct Pieces {
   void (*add_number)(T* out, const T* in, T number, int64_t n);    // out = in + number
   T (*sum)(const T* in, int64_t n);
   T (*dot)(const T* a, const T* b, int64_t n);
-  // out[r * width + i] = in[r * width + i] + row[i]
-  void (*add_row)(T* out, const T* in, const T* row, int64_t rows, int64_t width);
   // out[r * out_step + i] += in[r * in_step + i]
   void (*add_rows)(T* out, int64_t out_step, const T* in, int64_t in_step, int64_t rows, int64_t width);
   // out[i] += sum over r of in[r * in_step + i]

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-OPTIONAL = {"triton": "dct_normalize and torch.compile run in it"}
+OPTIONAL = {"triton": "dct_normalize, coordconv and torch.compile run in it"}
 
 
 def ops_of(row):
@@ -113,7 +113,10 @@ def measure(run, case, device, small, bandwidth):
         expected = contest.ours(contest.inputs[0]).double()
         ours = seconds_per_call(contest.ours, contest.inputs)
         found["us"] = round(ours * 1e6, 1)
-        found["share"] = None if small else round(contest.moved / ours / bandwidth, 3)  # small: it is all in a cache
+        crossing = None if small else contest.moved  # small: it is all in a cache
+        found["share"] = crossing and round(crossing / ours / bandwidth, 3)
+        for floor, call in contest.floor.items():
+            found[f"of {floor}"] = round(seconds_per_call(call, contest.inputs) / ours, 3)
         for rival, call in contest.rivals.items():
             error = (call(contest.inputs[0]).double() - expected).abs().max().item()
             if error <= contest.tolerance:
@@ -131,9 +134,9 @@ def measure(run, case, device, small, bandwidth):
 
 def everything(device, budget, output):
     import torch
-    from gpu import cases_blockdct, harness
+    from gpu import cases_blockdct, cases_coordconv, harness
 
-    families = (cases_blockdct,)
+    families = (cases_blockdct, cases_coordconv)
     small = device.type != "cuda"
     if not small and not torch.cuda.is_available():
         sys.exit("gpu-check needs a GPU that torch can use; run it with --device cpu to try the checks themselves")
@@ -162,6 +165,14 @@ def everything(device, budget, output):
     return run.rows
 
 
+def share_of(row):
+    """What a row of speed tells, in words: a share of a copy's bandwidth, or of the speed of a floor; or nothing."""
+    if row["kind"] != "speed" or row["status"] != "ok" or row["name"].endswith("cut down"):
+        return []
+    shares = {"copy": row["share"]} | {key.removeprefix("of "): value for key, value in row.items() if key.startswith("of ")}
+    return [f"{share:.2f} of {what} ({row['name']})" for what, share in shares.items() if share][:1]
+
+
 def summary(rows):
     """{op: (verdict, share)} in words."""
     ops = sorted({op for row in rows if row["kind"] == "correct" for op in ops_of(row)})
@@ -172,9 +183,8 @@ def summary(rows):
         done = sum(row["status"] == "ok" for row in checks)
         skipped = len(checks) - done - len(wrong)
         verdict = f"no: {wrong[0]}" if wrong else f"yes, {done} checks" + (f", {skipped} skipped" if skipped else "")
-        shares = [row for row in rows if row["kind"] == "speed" and row["op"] == op and row["status"] == "ok" and row["share"]]
-        share = f"{shares[0]['share']:.2f} of copy ({shares[0]['name']})" if shares else "not measured"
-        words[op] = verdict, share
+        shares = [share for row in rows if row["op"] == op for share in share_of(row)]
+        words[op] = verdict, shares[0] if shares else "not measured"
     return words
 
 

@@ -1,11 +1,17 @@
 """Cases of tests/test_triton_interpreter.py: run with TRITON_INTERPRET=1."""
 
 import os
+import types
 
 import pytest
 import torch
-from fourfold.triton_kernels import dct_normalize
+import triton
+import triton.language as tl
+from fourfold.ops import coordconv as coordconv_functions
+from fourfold.triton_kernels import add_map, batch_sum, coord_tables, coord_tables_backward, dct_normalize
+from fourfold.triton_kernels import coordconv as coordconv_kernels
 from gpu import cases_blockdct as blockdct
+from gpu import cases_coordconv as coordconv
 from gpu.harness import DTYPES
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_triton_interpreter.py"
@@ -66,3 +72,169 @@ def test_refusals(change, words):
     }
     with pytest.raises(ValueError, match=words):
         dct_normalize(**{**given, **change}, dtype=torch.float32)
+
+
+# ---- coordconv ----
+
+CPU = torch.device("cpu")
+LAUNCHERS = {
+    "_coord_tables": coord_tables,
+    "_coord_tables_backward": coord_tables_backward,
+    "_add_map_": add_map,
+    "_batch_sum": batch_sum,
+}
+OPS = types.SimpleNamespace(**LAUNCHERS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=coordconv.name_of)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_coord_tables(rank, dtype):
+    coordconv.tables_match(OPS, rank, dtype, CPU, trials=3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=coordconv.name_of)
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_add_map(rank, dtype, monkeypatch):
+    monkeypatch.setattr(coordconv_kernels, "ENOUGH", 1)  # so that a program takes several images of these small batches
+    rtol = 2**-7 if dtype == torch.bfloat16 else None  # the interpreter truncates to bfloat16; GPUs round
+    coordconv.add_map_matches(OPS, rank, dtype, CPU, rtol=rtol)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=coordconv.name_of)
+def test_batch_sum(dtype):
+    coordconv.batch_sum_matches(OPS, dtype, CPU)
+
+
+def test_wide_indices(monkeypatch):
+    """Those of tensors with more than 2**31 elements, on small ones."""
+    monkeypatch.setattr(coordconv_kernels, "_is_wide", lambda elements: elements > 0)
+    for rank in (1, 2, 3):
+        coordconv.add_map_matches(OPS, rank, torch.float32, CPU)
+    coordconv.batch_sum_matches(OPS, torch.float32, CPU)
+
+
+def test_no_batch():
+    coordconv.nothing_to_do(OPS, CPU)
+
+
+def test_not_numbers():
+    coordconv.not_numbers(OPS, CPU)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=coordconv.name_of)
+def test_coord_conv(dtype, last, monkeypatch):
+    """The public functions on these launchers, gradients included."""
+    for name, launcher in LAUNCHERS.items():
+        monkeypatch.setattr(coordconv_functions, name, launcher)
+    coordconv.whole_matches(dtype, last, CPU)
+
+
+@triton.jit
+def _digits_kernel(n, quotient, rest, radix, word, BLOCK: tl.constexpr):
+    place = tl.arange(0, BLOCK)
+    high, low = coordconv_kernels._digit(tl.load(n + place), radix, word, False)
+    tl.store(quotient + place, high)
+    tl.store(rest + place, low)
+
+
+@pytest.mark.parametrize("radix", [1, 2, 3, 5, 7, 8, 76, 361, 4096, 65537, 1234567, 2**30, 2**30 + 1, 2**31 - 1])
+def test_division_without_a_division(radix):
+    """Over all 31 bits, next to the multiples above all."""
+    multiples = torch.randint(1, 2**31 // radix + 1, (256,)) * radix
+    edges = torch.tensor([0, 1, radix - 1, radix, radix + 1, 2**31 - 2, 2**31 - 1])
+    n = torch.cat([multiples, multiples - 1, multiples + 1, edges, torch.randint(2**31, (1024 - 3 * 256 - len(edges),))])
+    n = n.clamp(0, 2**31 - 1).to(torch.int32)
+    quotient, rest = torch.empty_like(n), torch.empty_like(n)
+    _digits_kernel[(1,)](n, quotient, rest, radix, coordconv_kernels._word(radix), BLOCK=1024)
+    assert torch.equal(quotient, n // radix)
+    assert torch.equal(rest, n % radix)
+
+
+def plan():
+    return coordconv.plan_of_layer((4, 5), 3, CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"coord_weight": torch.zeros(6, 2, 3, 3, dtype=torch.float16)}, "coord_weight must be torch.float32"),
+        ({"coord_weight": torch.zeros(6, 2, 3, 5)}, "taps must be contiguous"),
+        ({"coord_weight": torch.zeros(6, 2)}, "for each of 1 to 3 axes"),
+        ({"taps": torch.zeros(27, dtype=torch.float16)}, "taps must be float32 or float64"),
+        ({"valid": torch.zeros(18, dtype=torch.float64)}, "valid must be contiguous torch.float32"),
+        ({"out_size": (4, 6)}, "taps must be contiguous"),
+        ({"class_count": (3, 0)}, "class_count must be a positive number"),
+        ({"channels": (0, 2)}, "channels must be one below 2 for each axis"),
+        ({"channels": (1, 1)}, "channels must be one below 2 for each axis"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refusals_of_coord_tables(change, words):
+    p = plan()
+    given = {"coord_weight": torch.zeros(6, 2, 3, 3), "taps": p.taps, "valid": p.valid, "out_size": (4, 5)}
+    given |= {"class_count": p.class_count, "channels": p.channels, "channels_last": False}
+    with pytest.raises(ValueError, match=words):
+        coord_tables(**{**given, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"map_grad": torch.zeros(6, 4, 5, dtype=torch.float64)}, "map_grad must be torch.float32"),
+        ({"map_grad": torch.zeros(6, 4, 6)}, "taps must be contiguous"),
+        ({"classes": torch.zeros(9, dtype=torch.int64)}, "classes must be contiguous torch.int32"),
+        ({"kernel": (3,)}, "kernel must be a positive number for each"),
+        ({"coord_channels": 1}, "channels must be one below 1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refusals_of_coord_tables_backward(change, words):
+    p = plan()
+    given = {"map_grad": torch.zeros(6, 4, 5), "taps": p.taps, "valid": p.valid, "classes": p.classes, "kernel": (3, 3)}
+    given |= {"class_count": p.class_count, "channels": p.channels, "coord_channels": 2}
+    with pytest.raises(ValueError, match=words):
+        coord_tables_backward(**{**given, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"y": torch.zeros(2, 6, 4, 5, dtype=torch.int32)}, "y must be floating"),
+        ({"y": torch.zeros(2, 6, 5, 4).mT}, "contiguous or channels_last"),
+        ({"y": torch.zeros(6, 4)}, r"y must be floating \[B, C, \*size\]"),
+        ({"y": torch.zeros(2, 4, 5, 6).movedim(-1, 1)}, "tables must be torch.float32 .* in y's memory order"),
+        ({"tables": torch.zeros(6, 26)}, "tables must be"),
+        ({"tables": torch.zeros(6, 27, dtype=torch.float16)}, "tables must be torch.float32"),
+        ({"classes": torch.zeros(8, dtype=torch.int32)}, r"classes must be contiguous torch.int32 \[9\]"),
+        ({"class_count": (3, 3, 3)}, "class_count must be"),
+        ({"dense": torch.zeros(6, 5, 4)}, "dense must be"),
+        ({"activation": "tanh"}, "activation must be one of"),
+        ({"activated": torch.zeros(2, 6, 4, 6)}, "activated must be torch.float32"),
+        ({"activated": torch.zeros(2, 4, 5, 6).movedim(-1, 1)}, "activated must be .* in the same order"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refusals_of_add_map(change, words):
+    p = plan()
+    assert p.table_length == 27
+    given = {"y": torch.zeros(2, 6, 4, 5), "tables": torch.zeros(6, 27), "classes": p.classes, "class_count": p.class_count}
+    given |= {"dense": None, "activation": "relu", "activated": None}
+    with pytest.raises(ValueError, match=words):
+        add_map(**{**given, **change})
+
+
+@pytest.mark.parametrize(
+    ("grad", "relu_output", "words"),
+    [
+        (torch.zeros(2, 3, 4, dtype=torch.int32), None, "grad must be floating"),
+        (torch.zeros(2, 3), None, r"grad must be floating \[B, C, \*size\]"),
+        (torch.zeros(2, 3, 4).mT, None, "contiguous or channels_last"),
+        (torch.zeros(2, 3, 4), torch.zeros(2, 4, 4), "relu_output must be torch.float32"),
+        (torch.zeros(2, 3, 4), torch.zeros(2, 3, 4, dtype=torch.float16), "relu_output must be torch.float32"),
+        (torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5, 3).movedim(-1, 1), "relu_output must be .* in the same order"),
+    ],
+)
+def test_refusals_of_batch_sum(grad, relu_output, words):
+    with pytest.raises(ValueError, match=words):
+        batch_sum(grad, relu_output)

@@ -125,13 +125,13 @@ def radius(size: Sequence[int], spec: CoordSpec, dtype: torch.dtype, device: tor
         total = total + (values * values).reshape(-1, *[1] * (len(size) - 1 - axis))
     distance = total.sqrt()
     if spec.r == "unitmax":
-        largest = distance.amax()
+        largest = distance.max()
         distance = distance / torch.where(largest > 0, largest, torch.ones_like(largest))
     return distance.to(dtype)
 
 
-def coordinates(size: Sequence[int], spec: CoordSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """All coordinate channels of an image of that spatial size: [nc, *size]."""
+def _channels(size: Sequence[int], spec: CoordSpec, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """The coordinate channels of an image of that spatial size, each [*size]."""
     rank = len(size)
     channels = [
         axis_values(size, axis, spec, dtype, device).reshape(-1, *[1] * (rank - 1 - axis)).expand(tuple(size))
@@ -139,7 +139,20 @@ def coordinates(size: Sequence[int], spec: CoordSpec, dtype: torch.dtype, device
     ]
     if spec.r is not None:
         channels.append(radius(size, spec, dtype, device))
-    return torch.stack(channels)
+    return channels
+
+
+def coordinates(size: Sequence[int], spec: CoordSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """All coordinate channels of an image of that spatial size: [nc, *size]."""
+    return torch.stack(_channels(size, spec, dtype, device))
+
+
+def coordinate_batch(size: Sequence[int], spec: CoordSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """coordinates() as a convolution's input: [1, nc, *size].
+
+    Not coordinates()[None]: inductor can't order the strides of a view with symbolic sizes that it keeps for backward.
+    """
+    return torch.cat([channel[None, None] for channel in _channels(size, spec, dtype, device)], 1)
 
 
 # ---- plans -----------------------------------------------------------------------------------------------------------

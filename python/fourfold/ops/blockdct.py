@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..reference._dtypes import accumulate_type
 from . import _checks as check
 from ._register import register
 
@@ -53,10 +54,6 @@ def _count(freqs: Freqs, n: int) -> int:
 
 
 # ---- scale -----------------------------------------------------------------------------------------------------------
-
-
-def _accumulate(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _factors(scale: Tensor, channels: int, n: int, layout: str, grid: tuple[int, int]) -> Tensor:
@@ -364,7 +361,7 @@ def _scale(op: str, scale: Any, channels: int, f: int, like: Tensor) -> Tensor |
     """scale as [C or 1, F] in the accumulation type on like's device."""
     if scale is None:
         return None
-    scale = check.numbers(op, "scale", scale, _accumulate(like.dtype), like.device)
+    scale = check.numbers(op, "scale", scale, accumulate_type(like.dtype), like.device)
     if not (check.has_shape(scale, f) or check.has_shape(scale, channels, f)):
         raise ValueError(f"{op}: scale must be [{f}] or [{channels}, {f}], got {list(scale.shape)}")
     return scale.reshape(-1, f).contiguous()
@@ -449,7 +446,7 @@ def block_dct(
         raise ValueError(f"{op}: x must have H and W of at least 1, got {tuple(x.shape)}")
     if _is_index(freqs, op):
         factors = _scale(op, scale, x.shape[1], freqs.shape[0], x)
-        full = block_dct(x.to(_accumulate(x.dtype)), block_size, layout=layout, shift=shift)
+        full = block_dct(x.to(accumulate_type(x.dtype)), block_size, layout=layout, shift=shift)
         result = _select(full, freqs, block_size, layout)
         result = (result if factors is None else _scaled(result, factors, block_size, layout)).to(x.dtype)
         return _deliver(op, result, out, x, factors)
@@ -535,7 +532,7 @@ def block_idct(
     factors = _scale(op, scale, shape[1], f, y)
     offset = _shift(op, shift)
     if index is not None:
-        coefs = y.to(_accumulate(y.dtype))
+        coefs = y.to(accumulate_type(y.dtype))
         coefs = coefs if factors is None else _scaled(coefs, 1 / factors, n, layout)
         image = block_idct(_spread(coefs, index, n, layout), n, layout=layout, shift=shift, size=size).to(y.dtype)
         return _deliver(op, image, out, y, factors)
@@ -599,7 +596,7 @@ def _over_blocks(values: Tensor, layout: str) -> Tensor:
 
 def _normalize_vjp(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     coefs, qtable, mean, std = ctx.saved_tensors
-    work = _accumulate(ctx.dtype)
+    work = accumulate_type(ctx.dtype)
     grad = grad.to(work)
     grad_qtable = grad_mean = grad_std = None
     if ctx.needs_input_grad[1]:
@@ -626,7 +623,7 @@ def _normalize_jvp(
     ctx: Any, coefs_t: None, qtable_t: Tensor | None, mean_t: Tensor | None, std_t: Tensor | None, *_: Any
 ) -> Tensor:
     coefs, qtable, mean, std = ctx.saved_tensors
-    work = _accumulate(ctx.dtype)
+    work = accumulate_type(ctx.dtype)
     total = None
     if qtable_t is not None:
         total = _dct_normalize(coefs, qtable_t.contiguous(), None, std, ctx.freqs, ctx.layout, work)
@@ -723,7 +720,7 @@ def dct_normalize(
         )
     if qtable.device != coefs.device:
         raise ValueError(f"{op}: qtable is on {qtable.device}, coefs on {coefs.device}; move one with .to()")
-    work = _accumulate(dtype)
+    work = accumulate_type(dtype)
     tables = qtable.to(work).reshape(-1, 64)
     tables = tables if tables.is_contiguous() else tables.contiguous()
     mean = _statistic(op, "mean", mean, f, work, coefs)

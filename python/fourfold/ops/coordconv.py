@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..reference._dtypes import accumulate_type
 from . import _checks as check
 from ._coord_plan import (
     CoordSpec,
     Geometry,
     Plan,
-    axis_values,
+    coordinate_batch,
     coordinates,
     kept_coordinates,
     kept_radius,
@@ -39,10 +40,6 @@ IntOrInts = int | Sequence[int]
 _AXES = ("L", "H,W", "D,H,W")
 
 
-def _accumulate(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 # ---- the ops underneath: all internal --------------------------------------------------------------------------------
 
 
@@ -55,7 +52,7 @@ def _is_channels_last(x: Tensor) -> bool:
 
 def _image_like(grad: Tensor, dtype: torch.dtype) -> Tensor:
     """An empty image [C, *size] in the memory order of grad [B, C, *size]."""
-    if _is_channels_last(grad):
+    if not grad.is_contiguous() and grad.movedim(1, -1).is_contiguous():
         return torch.empty(*grad.shape[2:], grad.shape[1], dtype=dtype, device=grad.device).movedim(-1, 0)
     return torch.empty(grad.shape[1:], dtype=dtype, device=grad.device)
 
@@ -96,7 +93,7 @@ def _coord_tables_backward_fake(
 
 def _batch_sum_fake(grad: Tensor, relu_output: Tensor | None) -> tuple[Tensor, Tensor]:
     kept = grad.new_empty(0) if relu_output is None else torch.empty_like(grad)
-    return _image_like(grad, _accumulate(grad.dtype)), kept
+    return _image_like(grad, accumulate_type(grad.dtype)), kept
 
 
 _coord_tables = register("_coord_tables", fake=_coord_tables_fake)
@@ -125,8 +122,12 @@ class _Convolution:
     def transposed(self) -> bool:
         return self.geometry.mode == "transposed"
 
+    @property
+    def pads(self) -> bool:
+        return any(self.before) or any(self.after)
+
     def padded(self, x: Tensor) -> Tensor:
-        if not any(self.before) and not any(self.after):
+        if not self.pads:
             return x
         mode = self.geometry.mode
         return pad(x, self.before, self.after, "zeros" if mode == "transposed" else mode)
@@ -292,21 +293,18 @@ def _describe_transposed(
 # ---- plain aten ------------------------------------------------------------------------------------------------------
 
 
-def _map_in_aten(convolution: _Convolution, spec: CoordSpec, coord_weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The map [1, Cout, *out] as compilers and exporters like it; coord_weight [Cout, nc, *k]."""
-    geometry, rank, device = convolution.geometry, len(convolution.geometry.size), coord_weight.device
+def _map_in_aten(
+    convolution: _Convolution, spec: CoordSpec, coord_weight: Tensor, dtype: torch.dtype, channels_last: bool
+) -> Tensor:
+    """The map [1, Cout, *out] as compilers and exporters like it; coord_weight [Cout, nc, *k].
+
+    A convolution even where kernels are 1 x 1: a compiler would compute that map anew for every sample. The coordinates lie in
+    memory as x does, so that the map does too.
+    """
+    coords = coordinate_batch(convolution.geometry.size, spec, dtype, coord_weight.device)
+    if channels_last:
+        coords = coords.contiguous(memory_format=torch.channels_last if coords.dim() == 4 else torch.channels_last_3d)
     coord_weight = coord_weight.to(dtype)
-    pointwise = all(k == 1 for k in geometry.kernel) and not any(geometry.before) and geometry.mode != "transposed"
-    if pointwise and spec.r is None and all(s == 1 for s in geometry.stride):
-        total = None
-        for axis, channel in enumerate(spec.channel_of_axis(rank)):
-            values = axis_values(geometry.size, axis, spec, dtype, device)
-            values = values.reshape(-1, *[1] * (rank - 1 - axis))
-            term = coord_weight[:, channel].reshape(1, -1, *[1] * rank) * values
-            total = term if total is None else total + term
-        assert total is not None
-        return total
-    coords = coordinates(geometry.size, spec, dtype, device)[None]
     weight = coord_weight.transpose(0, 1) if convolution.transposed else coord_weight
     return convolution(convolution.padded(coords), weight, None, 1)
 
@@ -324,7 +322,7 @@ def _in_aten(
     activation: str | None,
 ) -> Tensor:
     y = convolution(convolution.padded(x), weight, bias, convolution.groups)
-    coord_map = _map_in_aten(convolution, spec, coord_weight, _accumulate(y.dtype))
+    coord_map = _map_in_aten(convolution, spec, coord_weight, accumulate_type(y.dtype), _is_channels_last(x))
     result: Tensor = _ACTIVATE[activation]((y.to(coord_map.dtype) + coord_map).to(y.dtype))
     return result
 
@@ -332,16 +330,22 @@ def _in_aten(
 # ---- eager -----------------------------------------------------------------------------------------------------------
 
 
-def _is_plain(*tensors: Tensor | None) -> bool:
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+
+
+def _is_plain(*tensors: Any) -> bool:
     """Whether the call is an ordinary eager one on ordinary tensors, which the mutating ops may serve."""
-    return (
-        not torch.compiler.is_compiling()
-        and not transforming()
-        and torch._C._get_tracing_state() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-        and all(t is None or t.device.type in ("cpu", "cuda") for t in tensors)
-    )
+    if (
+        torch.compiler.is_compiling()
+        or transforming()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack()
+    ):
+        return False
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN_TYPES or t.layout is not torch.strided):
+            return False
+    return tensors[0].device.type in ("cpu", "cuda")
 
 
 def _dense_part(plan: Plan, convolution: _Convolution, coord_weight: Tensor, like: Tensor) -> Tensor | None:
@@ -414,11 +418,15 @@ class _CoordConv(torch.autograd.Function):
         if grad is not None:
             if ctx.activation == "relu":
                 if need_coords and not torch.is_grad_enabled():
-                    summed, grad = _batch_sum(_dense(grad), kept)
+                    summed, grad = _batch_sum(_dense_as(grad, kept), kept)
                 else:
                     grad = torch.ops.aten.threshold_backward(grad, kept, 0)
             elif ctx.activation == "silu":
-                grad = torch.ops.aten.silu_backward(grad, kept)
+                if torch.is_grad_enabled():  # silu_backward has no gradient of its own
+                    sigmoid = kept.sigmoid()
+                    grad = grad * sigmoid * (1 + kept * (1 - sigmoid))
+                else:
+                    grad = torch.ops.aten.silu_backward(grad, kept)
             elif ctx.activation == "gelu":
                 grad = torch.ops.aten.gelu_backward(grad, kept)
         if grad_y is not None:
@@ -457,6 +465,13 @@ def _dense(t: Tensor) -> Tensor:
     return t if t.is_contiguous() or _is_channels_last(t) else t.contiguous()
 
 
+def _dense_as(t: Tensor, like: Tensor) -> Tensor:
+    """t in like's one of these orders."""
+    if not _is_channels_last(like):
+        return t.contiguous()
+    return t.contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
+
+
 def _convolution_weight_gradient(grad: Tensor, coords: Tensor, convolution: _Convolution) -> Tensor:
     """The gradient of a weight [Cout, nc, *k] over coords [1, nc, *size]; grad [1, Cout, *out]."""
     nc, cout, kernel = coords.shape[1], grad.shape[1], convolution.geometry.kernel
@@ -493,7 +508,7 @@ def _coord_gradient(summed: Tensor, ctx: Any) -> tuple[Tensor, Tensor]:
 def _coord_gradient_in_aten(grad: Tensor, ctx: Any) -> Tensor:
     """The gradient of coord_weight in operations that have gradients themselves."""
     plan = ctx.plan
-    coords = coordinates(plan.geometry.size, plan.spec, plan.taps.dtype, grad.device)[None]
+    coords = coordinate_batch(plan.geometry.size, plan.spec, plan.taps.dtype, grad.device)
     summed = grad.to(plan.taps.dtype).sum(0, keepdim=True)
     return _convolution_weight_gradient(summed, coords, ctx.convolution).to(ctx.coord_dtype)
 
@@ -510,8 +525,21 @@ def _run(
     """The CoordConv of a batch, arguments checked and autocast applied."""
     if not _is_plain(x, weight, coord_weight, bias):
         return _in_aten(x, weight, coord_weight, bias, convolution, spec, activation)
-    plan = plan_of(convolution.geometry, spec, _accumulate(x.dtype), x.device)
-    x = convolution.padded(x)
+    plan = plan_of(convolution.geometry, spec, accumulate_type(x.dtype), x.device)
+    return _run_eager(x, weight, coord_weight, bias, convolution, plan, activation)
+
+
+def _run_eager(
+    x: Tensor,
+    weight: Tensor,
+    coord_weight: Tensor,
+    bias: Tensor | None,
+    convolution: _Convolution,
+    plan: Plan,
+    activation: str | None,
+) -> Tensor:
+    if convolution.pads:
+        x = convolution.padded(x)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, weight, coord_weight, bias):
         result = _CoordConv.apply(x, weight, coord_weight, bias, convolution, plan, activation)
         return result[0] if activation in ("silu", "gelu") else result
@@ -525,7 +553,7 @@ def _run(
 def _autocast(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Any]:
     """x, weight and bias in autocast's type where it is on, and a context in which it is off: coordinates stay float32."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         _check_dtypes(op, x, weight, bias)
         return x, weight, bias, contextlib.nullcontext()
     dtype = torch.get_autocast_dtype(kind)
@@ -574,6 +602,38 @@ def _spec(op: str, spec: Any) -> CoordSpec:
 _DEFAULT = CoordSpec()
 
 
+# Eager calls that passed all checks, by everything the checks look at: they cost more than a small convolution.
+_passed: dict[tuple[Any, ...], tuple[_Convolution, Plan]] = {}
+_MOST_PASSED = 1024
+_KEYED = (int, str, type(None), CoordSpec)
+
+
+def _signature(x: Any, weight: Any, coord_weight: Any, bias: Any, *options: Any) -> tuple[Any, ...] | None:
+    """The key of an eager call in _passed; None for calls that have none."""
+    if x is None or weight is None or coord_weight is None or not _is_plain(x, weight, coord_weight, bias):
+        return None
+    if x.is_nested or weight.is_nested or coord_weight.is_nested or (bias is not None and bias.is_nested):
+        return None
+    if torch.is_autocast_enabled(x.device.type):
+        return None
+    for option in options:  # 1.0 equals 1, and would pass for it
+        if type(option) not in _KEYED and not (type(option) is tuple and all(type(n) is int for n in option)):
+            return None
+    of_bias = None if bias is None else (bias.shape, bias.dtype, bias.device)
+    return (
+        x.shape, x.dtype, x.device, weight.shape, weight.dtype, weight.device, coord_weight.shape, coord_weight.dtype,
+        coord_weight.device, of_bias, *options,
+    )  # fmt: skip
+
+
+def _remember(key: tuple[Any, ...] | None, convolution: _Convolution, spec: CoordSpec, x: Tensor) -> None:
+    if key is None:
+        return
+    if len(_passed) >= _MOST_PASSED:
+        _passed.clear()
+    _passed[key] = convolution, plan_of(convolution.geometry, spec, accumulate_type(x.dtype), x.device)
+
+
 def coord_conv(
     op: str,
     rank: int,
@@ -592,6 +652,11 @@ def coord_conv(
     excluding: str = "weight",
 ) -> Tensor:
     """coord_conv of any rank under the name that errors shall have; excluding: what leaves the coordinates out."""
+    options = (rank, stride, padding, dilation, groups, padding_mode, spec, activation, groups_mode)
+    key = _signature(x, weight, coord_weight, bias, *options)
+    passed = None if key is None else _passed.get(key)
+    if passed is not None and x.dim() == rank + 2:
+        return _run_eager(x, weight, coord_weight, bias, *passed, activation)
     _check_tensors(op, x, weight, coord_weight, bias, rank)
     if activation is not None:
         check.one_of(op, "activation", activation, ("relu", "silu", "gelu"))
@@ -609,7 +674,9 @@ def coord_conv(
         )
     _check_channels(op, x.shape[-rank - 1], weight.shape[1] * groups, nc, excluding)
     convolution = _describe(op, x, kernel, stride, padding, dilation, groups, padding_mode)
-    return _finish(op, x, weight, coord_weight, bias, convolution, spec, activation)
+    result = _finish(op, x, weight, coord_weight, bias, convolution, spec, activation)
+    _remember(key, convolution, spec, x)
+    return result
 
 
 def _concat_groups(
@@ -651,8 +718,14 @@ def _concat_groups(
         part_x = x.narrow(channel_dim, channel.start, (channels if channel.stop is None else channel.stop) - channel.start)
         part_bias = None if bias is None else bias[output]
         if coords:
+            part_weight = weight[output]
+            if weight.shape[1] == 0:  # a group of coordinates alone; the vendor's convolution wants a channel
+                shape = list(part_x.shape)
+                shape[channel_dim] = 1
+                part_x = torch.cat([part_x, part_x.new_zeros(shape)], channel_dim)
+                part_weight = torch.cat([part_weight, part_weight.new_zeros(cout, 1, *weight.shape[2:])], 1)
             return coord_conv(
-                op, rank, part_x, weight[output], coord_weight[output], part_bias, stride, padding, dilation, 1,
+                op, rank, part_x, part_weight, coord_weight[output], part_bias, stride, padding, dilation, 1,
                 padding_mode, spec, activation,
             )  # fmt: skip
         convolution = _describe(op, part_x, tuple(weight.shape[2:]), stride, padding, dilation, last, padding_mode)
@@ -684,6 +757,11 @@ def coord_conv_transpose(
 ) -> Tensor:
     """coord_conv_transpose2d under the name that errors shall have; excluding: what leaves the coordinates out."""
     rank = 2
+    options = ("transposed", stride, padding, output_padding, groups, dilation, spec, activation)
+    key = _signature(x, weight, coord_weight, bias, *options)
+    passed = None if key is None else _passed.get(key)
+    if passed is not None and x.dim() == rank + 2:
+        return _run_eager(x, weight, coord_weight.transpose(0, 1), bias, *passed, activation)
     _check_tensors(op, x, weight, coord_weight, bias, rank)
     if activation is not None:
         check.one_of(op, "activation", activation, ("relu", "silu", "gelu"))
@@ -698,7 +776,9 @@ def coord_conv_transpose(
         _check_shape(op, "bias", bias, (cout,))
     _check_channels(op, x.shape[-rank - 1], weight.shape[0], nc, excluding)
     convolution = _describe_transposed(op, x, kernel, stride, padding, output_padding, groups, dilation)
-    return _finish(op, x, weight, coord_weight.transpose(0, 1), bias, convolution, spec, activation)
+    result = _finish(op, x, weight, coord_weight.transpose(0, 1), bias, convolution, spec, activation)
+    _remember(key, convolution, spec, x)
+    return result
 
 
 # ---- public ----------------------------------------------------------------------------------------------------------
@@ -719,7 +799,12 @@ def coord_conv1d(
     activation: str | None = None,
     groups_mode: str = "shared",
 ) -> Tensor:
-    """:func:`coord_conv2d` for x [B, Cin, L] or [Cin, L], weight [Cout, Cin/groups, k], coord_weight [Cout, nc, k]."""
+    """:func:`coord_conv2d` for x [B, Cin, L] or [Cin, L], weight [Cout, Cin/groups, k], coord_weight [Cout, nc, k].
+
+    Raises:
+        TypeError: an argument has the wrong type, or dtypes differ.
+        ValueError: anything else; the message names what was expected and what came.
+    """
     return coord_conv(
         "coord_conv1d", 1, x, weight, coord_weight, bias, stride, padding, dilation, groups, padding_mode, spec, activation,
         groups_mode,
@@ -793,7 +878,12 @@ def coord_conv3d(
     activation: str | None = None,
     groups_mode: str = "shared",
 ) -> Tensor:
-    """:func:`coord_conv2d` for x [B, Cin, D, H, W] or [Cin, D, H, W] and weights with three kernel axes."""
+    """:func:`coord_conv2d` for x [B, Cin, D, H, W] or [Cin, D, H, W] and weights with three kernel axes.
+
+    Raises:
+        TypeError: an argument has the wrong type, or dtypes differ.
+        ValueError: anything else; the message names what was expected and what came.
+    """
     return coord_conv(
         "coord_conv3d", 3, x, weight, coord_weight, bias, stride, padding, dilation, groups, padding_mode, spec, activation,
         groups_mode,
@@ -830,7 +920,11 @@ def coord_conv_transpose2d(
         activation: None, "relu", "silu" or "gelu", as in :func:`coord_conv2d`.
 
     Returns:
-        [B, Cout, Ho, Wo] or [Cout, Ho, Wo], in x's dtype (autocast's under autocast). Errors as in :func:`coord_conv2d`.
+        [B, Cout, Ho, Wo] or [Cout, Ho, Wo], in x's dtype (autocast's under autocast).
+
+    Raises:
+        TypeError: an argument has the wrong type, or dtypes differ.
+        ValueError: anything else; the message names what was expected and what came.
     """
     return coord_conv_transpose(
         "coord_conv_transpose2d", x, weight, coord_weight, bias, stride, padding, output_padding, groups, dilation, spec,
@@ -861,13 +955,13 @@ def add_coords(x: Tensor, spec: CoordSpec | None = None) -> Tensor:
     size = tuple(x.shape[2:])
     if any(n < 1 for n in size):
         raise ValueError(f"{op}: every spatial size of x must be at least 1, got {tuple(x.shape)}")
-    dtype = _accumulate(x.dtype)
+    dtype = accumulate_type(x.dtype)
     coords = kept_coordinates(size, spec, dtype, x.device) if _is_plain(x) else coordinates(size, spec, dtype, x.device)
     channels_last = _is_channels_last(x)
-    coords = coords.to(x.dtype)[None]
+    coords = coords.to(x.dtype)[None].expand(x.shape[0], *coords.shape)
     if channels_last:
+        # Copied for every sample: what it takes for cat to copy whole rows.
         coords = coords.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
-    coords = coords.expand(x.shape[0], *coords.shape[1:])
     result = torch.cat([x, coords] if spec.position == "append" else [coords, x], 1)
     if channels_last:
         return result.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)

@@ -10,10 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def accumulate_type(dtype: torch.dtype) -> torch.dtype:
-    """What a dtype is computed in: 16-bit floats in float32, rounded once."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from ._dtypes import accumulate_type
 
 
 def dct_matrix(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:

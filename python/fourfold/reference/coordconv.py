@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .blockdct import accumulate_type
+from ._dtypes import accumulate_type
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda y: y, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}
 
