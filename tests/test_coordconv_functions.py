@@ -290,6 +290,17 @@ def test_gradients_by_finite_differences(rank, activation):
     assert gradgradcheck(call, tracked)
 
 
+@pytest.mark.parametrize("position", ["append", "prepend"])
+@pytest.mark.parametrize("padding_mode", ["zeros", "replicate"])
+def test_a_group_of_coordinates_alone(padding_mode, position):
+    """The published grouping may leave no channel of x beside them."""
+    spec = CoordSpec(position=position)
+    for groups, cin in ((2, 2), (3, 4)):
+        tensors = [randn(2, cin, 5, 6), randn(2 * groups, 0, 3, 3), randn(2 * groups, 2, 3, 3), randn(2 * groups)]
+        options = {"padding": 1, "groups": groups, "padding_mode": padding_mode, "spec": spec, "groups_mode": "concat"}
+        assert_equals_definition(ff.coord_conv2d, by_concatenation, tensors, True, **options)
+
+
 def test_padding_two_ways_is_the_same():
     x, weight, coord_weight = randn(1, 2, 5, 6), randn(3, 2, 3, 5), randn(3, 2, 3, 5)
     expected = by_concatenation(x, weight, coord_weight, None, 1, (1, 2))
@@ -367,6 +378,8 @@ def test_coordinates_do_not_collide(dtype, axis):
     assert steps.numel() == n - 1
     assert (steps > 0).all()
     assert ((steps - 2 / (n - 1)).abs() < 1e-5).all()
+    as_aten = torch.func.vmap(lambda x: ff.coord_conv2d(x, weight, coord_weight))(x[None])[0].double().flatten()
+    assert ((as_aten - 2 / (n - 1)).abs() < 1e-5).all()
     concat = F.conv2d(ff.add_coords(x), torch.cat([weight, coord_weight], 1)).double().flatten()
     if dtype == torch.bfloat16:
         assert (concat == 0).sum() > 400

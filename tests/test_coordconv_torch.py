@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from battery import assert_close, assert_same
 from fourfold import CoordSpec
 from fourfold.ops import _coord_plan
-from test_coordconv import in_channels_last, randn
+from test_coordconv import geometry, in_channels_last, randn
 from test_coordconv_functions import by_concatenation
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -123,6 +123,17 @@ def test_training_after_inference_mode():
         inference = x.clone()
     with torch.no_grad():
         assert_same(layer(inference), y.clone(), "an inference tensor outside")
+
+
+@pytest.mark.parametrize("keep", [_coord_plan.kept_radius, _coord_plan.kept_coordinates])
+def test_what_is_kept_are_ordinary_tensors(keep):
+    """Also what is made in inference mode: autograd could not save it later."""
+    cpu = torch.device("cpu")
+    keep.cache_clear(), _coord_plan.plan_of.cache_clear()
+    with torch.inference_mode():
+        kept = keep((4, 5), WITH_R, torch.float32, cpu)
+        plan = _coord_plan.plan_of(geometry((4, 5)), WITH_R, torch.float32, cpu)
+    assert not any(t.is_inference() for t in (kept, plan.taps, plan.valid, plan.classes))
 
 
 def test_nothing_that_depends_on_a_parameter_is_kept():
