@@ -77,9 +77,12 @@ def test_readme_names_every_example():
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_example_runs(path):
-    if "sklearn" in path.read_text(encoding="utf-8"):
+    text = path.read_text(encoding="utf-8")
+    if "sklearn" in text:
         pytest.importorskip("sklearn", reason="needs scikit-learn; run: pip install scikit-learn pillow")
         pytest.importorskip("PIL", reason="needs pillow; run: pip install scikit-learn pillow")
-    result = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=False)
+    # What a longer run shows is tested where it belongs.
+    quick = ["--quick"] if '"--quick"' in text else []
+    result = subprocess.run([sys.executable, str(path), *quick], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout
