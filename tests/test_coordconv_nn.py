@@ -17,6 +17,7 @@ from battery import assert_same
 from fourfold import CoordSpec
 from test_coordconv import in_channels_last, randn
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 LAYERS = {1: ff.nn.CoordConv1d, 2: ff.nn.CoordConv2d, 3: ff.nn.CoordConv3d}
 PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -106,7 +107,23 @@ def test_from_conv_holds_the_same_parameters():
     ],
 )
 def test_from_conv_refuses(layer, given, message):
-    assert_refused(TypeError, message, lambda: layer.from_conv(given))
+    remedy = "; a layer that is lazy or parametrized must be made an ordinary one first"
+    assert_refused(TypeError, message + remedy, lambda: layer.from_conv(given))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("change", [lambda conv: prune.l1_unstructured(conv, "weight", 0.5), nn.utils.weight_norm])
+def test_from_conv_refuses_weights_that_are_computed(change):
+    message = (
+        "CoordConv2d.from_conv: weight of the Conv2d is not a Parameter; make pruning or weight norm permanent first "
+        "(torch.nn.utils.prune.remove, remove_weight_norm)"
+    )
+    assert_refused(TypeError, message, lambda: ff.nn.CoordConv2d.from_conv(change(nn.Conv2d(4, 6, 3))))
+
+
+def test_from_conv_of_a_pruned_layer_made_permanent():
+    conv = prune.remove(prune.l1_unstructured(nn.Conv2d(4, 6, 3), "weight", 0.5), "weight")
+    assert ff.nn.CoordConv2d.from_conv(conv).weight is conv.weight
 
 
 # ---- layers of the implementations that concatenate, written out as these do ---------------------------------------------
@@ -323,6 +340,26 @@ def test_concat_checkpoint_of_groups_or_surplus_bias_is_refused():
     assert_refused(ValueError, message, lambda: without.load_concat_state_dict(theirs, "paper"))
 
 
+def test_concat_checkpoint_of_another_type_is_refused():
+    layer = ff.nn.CoordConv2d(4, 6, 3)
+    name = "CoordConv2d.load_concat_state_dict"
+    message = f"{name}: state_dict must be a mapping of tensors, got Conv2d; pass layer.state_dict()"
+    assert_refused(TypeError, message, lambda: layer.load_concat_state_dict(nn.Conv2d(6, 6, 3), "paper"))
+    arrays = {"weight": torch.zeros(6, 6, 3, 3).numpy(), "bias": torch.zeros(6)}
+    assert_refused(
+        TypeError, f"{name}: weight must be a Tensor, got ndarray", lambda: layer.load_concat_state_dict(arrays, "paper")
+    )
+
+
+def test_concat_checkpoint_under_a_deeper_prefix():
+    """Where the dead weight beside it is not taken for the one that computes."""
+    layer, theirs = ff.nn.CoordConv2d(4, 6, 3), nn.Conv2d(6, 6, 3)
+    entries = {f"stem.conv.{name}": value for name, value in theirs.state_dict().items()}
+    layer.load_concat_state_dict({**entries, "stem.weight": torch.zeros(6, 6, 3, 3), "stem.bias": torch.zeros(6)}, "walsvid")
+    x = torch.randn(2, 4, 7, 8)
+    torch.testing.assert_close(layer(x), theirs(ff.add_coords(x, layer.spec)))
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
@@ -488,6 +525,11 @@ def test_initial_weights_are_those_of_a_concat_layer():
             lambda: ff.nn.CoordConv2d(4, 8, 3)(torch.zeros(1, 1, 4, 9, 9)),
             ValueError,
             "CoordConv2d: expected 3D (C,H,W) or 4D (N,C,H,W) input, got 5D of shape (1, 1, 4, 9, 9)",
+        ),
+        (
+            lambda: ff.nn.CoordConv2d(4, 8, 3, with_r="unitmax"),
+            TypeError,
+            "CoordConv2d: with_r must be a bool, got 'unitmax'; a radius of another kind is CoordSpec(r=...)",
         ),
     ],
 )

@@ -333,6 +333,29 @@ def test_traces():
     assert not [node for node in traced.inlined_graph.nodes() if "fourfold" in node.kind()]
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("norm", _coord_plan.NORMS)
+def test_open_sizes_may_be_one(norm):
+    """A graph made at one size gives 0 on an axis of size 1 too, under every norm."""
+    layer = ff.nn.CoordConv2d(3, 4, 1, spec=CoordSpec(norm=norm, r="unitmax"))
+    x = randn(2, 3, 9, 11, dtype=torch.float32)
+    dims = {2: torch.export.Dim("height", min=1), 3: torch.export.Dim("width", min=1)}
+    exported = torch.export.export(layer, (x,), dynamic_shapes=(dims,)).module()
+    traced = torch.jit.trace(layer, (x,), check_trace=False)
+    for size in ((9, 11), (1, 6), (5, 1), (1, 1), (4, 7)):
+        x = randn(2, 3, *size, dtype=torch.float32)
+        torch.testing.assert_close(exported(x), layer(x), **CLOSE)
+        torch.testing.assert_close(traced(x), layer(x), **CLOSE)
+
+
+def test_default_device_does_not_matter():
+    """Tensors of ours are made where the input is, whatever device is the default at the first call."""
+    layer, x = ff.nn.CoordConv2d(3, 4, (5, 2), with_r=True), randn(2, 3, 19, 23, dtype=torch.float32)
+    with torch.device("meta"):
+        y = layer(x)
+    torch.testing.assert_close(y, layer(x))
+
+
 #: What is left of a layer whose sizes are constants: its map is folded into one.
 STATIC_NODES = {
     "relu": ["Add", "Conv", "Relu"], "radius": ["Add", "Conv", "Mul", "Sigmoid"], "unitmax": ["Add", "Conv"],

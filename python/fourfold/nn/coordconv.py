@@ -16,6 +16,8 @@ _Layer = TypeVar("_Layer", bound="_CoordLayer")
 
 
 def _with_radius(owner: str, spec: CoordSpec | None, with_r: bool) -> CoordSpec:
+    if not isinstance(with_r, bool):
+        raise TypeError(f"{owner}: with_r must be a bool, got {with_r!r}; a radius of another kind is CoordSpec(r=...)")
     if spec is not None and not isinstance(spec, CoordSpec):
         raise TypeError(
             f"{owner}: spec must be a CoordSpec, got {type(spec).__name__}; for a preset pass CoordSpec.preset(name)"
@@ -114,13 +116,24 @@ class _CoordLayer(nn.Module):
     ) -> _Layer:
         """A CoordConv that computes what conv does, until it is trained: the coordinates' weights are zero.
 
-        It holds the same Parameter objects, so optimisers and tied weights go on working; ``coord_weight`` is new to them.
+        It holds the same Parameter objects, so optimisers and tied weights go on working; ``coord_weight`` is new to them, and
+        requires a gradient where conv's weight does. Hooks of conv stay with conv.
 
         Raises:
-            TypeError: conv is not exactly a layer of the torch.nn type that this one extends.
+            TypeError: conv is not exactly a layer of the torch.nn type that this one extends, or it is
+                pruned or reparametrised.
         """
         if type(conv) is not cls._base:
-            raise TypeError(f"{cls.__name__}.from_conv: expected {cls._base.__name__}, got {type(conv).__name__}")
+            raise TypeError(
+                f"{cls.__name__}.from_conv: expected {cls._base.__name__}, got {type(conv).__name__}; a layer that is lazy or "
+                "parametrized must be made an ordinary one first"
+            )
+        for name in ("weight", "bias"):
+            if name not in conv._parameters:
+                raise TypeError(
+                    f"{cls.__name__}.from_conv: {name} of the {cls._base.__name__} is not a Parameter; make pruning or weight "
+                    "norm permanent first (torch.nn.utils.prune.remove, remove_weight_norm)"
+                )
         new: Any = cls(
             conv.in_channels,
             conv.out_channels,
@@ -151,14 +164,23 @@ class _CoordLayer(nn.Module):
         Raises:
             ValueError: no weight is found, or it does not fit this layer; the layer is unchanged.
         """
+        name = f"{type(self).__name__}.load_concat_state_dict"
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"{name}: state_dict must be a mapping of tensors, got {type(state_dict).__name__}; pass layer.state_dict()"
+            )
         spec = CoordSpec.preset(preset, with_r=self.spec.r is not None)
         found = [key for key in state_dict if key.rpartition(".")[2] == "weight"]
-        # A prefixed name wins: walsvid's layers also hold a weight of their own that computes nothing.
-        key = "conv.weight" if "conv.weight" in found else (found[0] if len(found) == 1 else None)
+        # walsvid's layers hold a weight of their own beside the "conv.weight" that computes something.
+        inner = [key for key in found if key.endswith("conv.weight")]
+        key = inner[0] if len(inner) == 1 else (found[0] if len(found) == 1 else None)
         if key is None:
             raise ValueError(
                 f"coord checkpoint: expected one 'weight', or 'conv.weight', among {list(state_dict)}; pass one layer's entries"
             )
+        for entry in (key, key.removesuffix("weight") + "bias"):
+            if entry in state_dict and not isinstance(state_dict[entry], Tensor):
+                raise TypeError(f"{name}: {entry} must be a Tensor, got {type(state_dict[entry]).__name__}")
         weight, bias = state_dict[key], state_dict.get(key.removesuffix("weight") + "bias")
         dim, nc = self._channel_dim, self.spec.channels(len(self.kernel_size))
         own = self.weight.shape[dim]

@@ -90,10 +90,7 @@ class CoordSpec:
 
 
 def _ends(n: int, mirrored: int, norm: str) -> tuple[float, float]:
-    """The values of the first index and the step from one to the next, on an axis of n; mirrored: size of the mirrored axis.
-
-    Written so that n may be a traced size.
-    """
+    """The value of the first index and the step from one to the next, on an axis of n; mirrored: size of the mirrored axis."""
     if n == 1 or (norm == "corners_swapped" and mirrored == 1):
         return 0.0, 0.0
     if norm == "corners":
@@ -109,11 +106,33 @@ def _ends(n: int, mirrored: int, norm: str) -> tuple[float, float]:
     return -1.0, 0.5 / (n - 1)
 
 
+def _values_of_any_size(index: Tensor, mirrored: Tensor, norm: str) -> Tensor:
+    """The same for sizes that an exported graph leaves open, size 1 among them; index, mirrored: 0, 1, .. along both axes."""
+    last = index[-1]
+    of = mirrored[-1] if norm == "corners_swapped" else last
+    steps = of.clamp(min=1)
+    if norm == "none":
+        values = index
+    elif norm == "dim":
+        values = 2 * index / (last + 1) - 1
+    elif norm == "centers":
+        values = (2 * index + 1) / (last + 1) - 1
+    elif norm == "corners_quarter":
+        values = index / (2 * steps) - 1
+    else:
+        values = 2 * index / steps - 1
+    return torch.where((last > 0) & (of > 0), values, torch.zeros_like(values))
+
+
 def axis_values(size: Sequence[int], axis: int, spec: CoordSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The coordinates along one axis of an image of that spatial size, rounded once to dtype: [size[axis]]."""
-    first, step = _ends(size[axis], size[len(size) - 1 - axis], spec.norm)
-    index = torch.arange(size[axis], dtype=torch.float64, device=device)
-    return (index * step + first).to(dtype)
+    n, mirrored = size[axis], size[len(size) - 1 - axis]
+    index = torch.arange(n, dtype=torch.float64, device=device)
+    if type(n) is int and type(mirrored) is int:
+        first, step = _ends(n, mirrored, spec.norm)
+        return (index * step + first).to(dtype)
+    other = torch.arange(mirrored, dtype=torch.float64, device=device)
+    return _values_of_any_size(index, other, spec.norm).to(dtype)
 
 
 def radius(size: Sequence[int], spec: CoordSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -178,8 +197,8 @@ class Geometry:
     def source(self, axis: int) -> Tensor:
         """The input index that output o reads at tap k, or -1: int64 [out, k]."""
         n = self.size[axis]
-        o = torch.arange(self.out_size[axis])[:, None]
-        tap = torch.arange(self.kernel[axis])[None] * self.dilation[axis]
+        o = torch.arange(self.out_size[axis], device="cpu")[:, None]
+        tap = torch.arange(self.kernel[axis], device="cpu")[None] * self.dilation[axis]
         if self.mode == "transposed":
             i = o + self.before[axis] - tap
             inside = (i % self.stride[axis] == 0) & (i >= 0) & (i < n * self.stride[axis])

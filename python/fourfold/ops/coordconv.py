@@ -848,7 +848,7 @@ def coord_conv2d(
         activation: None, "relu", "silu" or "gelu" (exact), fused into the pass that adds the map.
         groups_mode: "shared": every group sees all coordinates. "concat": groups cut up the concatenated channels as published
             implementations do; ``cat([weight, coord_weight], 1)`` (for position "prepend" the other way round) is then their
-            weight [Cout, (Cin + nc)/groups, kh, kw].
+            weight [Cout, (Cin + nc)/groups, kh, kw], so weight is [Cout, (Cin + nc)/groups - nc, kh, kw].
 
     Returns:
         [B, Cout, Ho, Wo] or [Cout, Ho, Wo], in x's dtype (autocast's under autocast).
@@ -936,7 +936,7 @@ def add_coords(x: Tensor, spec: CoordSpec | None = None) -> Tensor:
     """x with its coordinate channels concatenated, for networks that want them as such; coord_conv needs no such copy.
 
     Args:
-        x: [B, C, *size] with one to three spatial axes; float16, bfloat16, float32 or float64.
+        x: [B, C, *size] with one to three spatial axes, always batched; float16, bfloat16, float32 or float64.
         spec: which coordinates, and whether they come after or before x's channels; default ``CoordSpec()``.
 
     Returns:
