@@ -9,16 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fourfold
 import pytest
 import torch
+from fourfold.benchmarks import __main__ as program
+from fourfold.benchmarks import cases, every_case, harness, report
+from fourfold.benchmarks.harness import Case, Contestant, Group, Session, Settings, Tolerance
+from fourfold.benchmarks.options import add_options, to_arguments, to_settings
 
-pytest.importorskip("pytest_benchmark")
-fourfold = pytest.importorskip("fourfold")
-
-from fourfold.benchmarks import __main__ as program  # noqa: E402
-from fourfold.benchmarks import cases, every_case, harness, report  # noqa: E402
-from fourfold.benchmarks.harness import Case, Contestant, Group, Session, Settings, Tolerance  # noqa: E402
-from fourfold.benchmarks.options import add_options, to_arguments, to_settings  # noqa: E402
+pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark; run: pip install pytest-benchmark")
 
 ROOT = Path(__file__).parent.parent
 TOLERANCE = Tolerance(1e-6, 1e-6)
@@ -341,7 +340,7 @@ def test_only_a_results_file_is_loaded(tmp_path):
 
 
 def test_the_html_report_is_one_file_with_charts(session):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="needs matplotlib; run: pip install matplotlib")
     result = session.run(toy(label="<100>"), threads=1)
     result["warnings"] = ["other processes took 60% of the machine"]
     page = report.render_html(session.document())

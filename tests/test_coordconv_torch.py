@@ -369,8 +369,8 @@ STATIC_NODES = {
 @pytest.mark.parametrize("name", STATIC_NODES)
 def test_onnx(name, dynamic):
     """Standard nodes only; under onnxruntime at two sizes."""
-    runtime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime; run: pip install onnxruntime")
+    pytest.importorskip("onnxscript", reason="needs onnxscript; run: pip install onnxscript")
     layer, x = layers()[name]
     dims = ({0: "batch", **{i: f"size{i}" for i in range(2, x.dim())}},) if dynamic else None
     model = torch.onnx.export(layer.eval(), (x,), dynamo=True, dynamic_shapes=dims, verbose=False).model_proto

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops import _checks as check
 from ..ops._coord_plan import CoordSpec
-from ..ops.coordconv import add_coords, coord_conv, coord_conv_transpose
+from ..ops.coordconv import ACTIVATIONS, add_coords, coord_conv, coord_conv_transpose
 
 _Layer = TypeVar("_Layer", bound="_CoordLayer")
 
@@ -75,7 +75,7 @@ class _CoordLayer(nn.Module):
     def _init_coords(self, with_r: bool, spec: CoordSpec | None, activation: str | None) -> None:
         name = type(self).__name__
         if activation is not None:
-            check.one_of(name, "activation", activation, ("relu", "silu", "gelu"))
+            check.one_of(name, "activation", activation, ACTIVATIONS)
         self.spec, self.activation = _with_radius(name, spec, with_r), activation
         nc = self.spec.channels(len(self.kernel_size))
         shape = (nc, self.out_channels) if self.transposed else (self.out_channels, nc)

@@ -31,7 +31,7 @@ from ._coord_plan import (
 )
 from ._register import register, transforming
 
-ACTIVATIONS = (None, "relu", "silu", "gelu")
+ACTIVATIONS = ("relu", "silu", "gelu")  # or None
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 GROUPS_MODES = ("shared", "concat")
 
@@ -659,7 +659,7 @@ def coord_conv(
         return _run_eager(x, weight, coord_weight, bias, *passed, activation)
     _check_tensors(op, x, weight, coord_weight, bias, rank)
     if activation is not None:
-        check.one_of(op, "activation", activation, ("relu", "silu", "gelu"))
+        check.one_of(op, "activation", activation, ACTIVATIONS)
     check.one_of(op, "padding_mode", padding_mode, PADDING_MODES)
     check.one_of(op, "groups_mode", groups_mode, GROUPS_MODES)
     spec = _spec(op, spec)
@@ -764,7 +764,7 @@ def coord_conv_transpose(
         return _run_eager(x, weight, coord_weight.transpose(0, 1), bias, *passed, activation)
     _check_tensors(op, x, weight, coord_weight, bias, rank)
     if activation is not None:
-        check.one_of(op, "activation", activation, ("relu", "silu", "gelu"))
+        check.one_of(op, "activation", activation, ACTIVATIONS)
     spec = _spec(op, spec)
     groups = check.integer(op, "groups", groups)
     nc, kernel = spec.channels(rank), tuple(weight.shape[2:])
