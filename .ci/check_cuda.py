@@ -1,4 +1,4 @@
-"""Compile every csrc/*/cuda.cu for sm_80, sm_90 and sm_100; a register spill or a stack frame in any kernel fails.
+"""Compile every csrc/*/*.cu for sm_80, sm_90 and sm_100; a register spill or a stack frame in any kernel fails.
 
 check_cuda.py [NVCC]   (in the environment that holds torch)
 """
@@ -67,7 +67,7 @@ def demangled(names: list[str]) -> list[str]:
 
 def main(nvcc: str) -> int:
     """Print one line a source and architecture, and every offending kernel; the exit status is 1 where one spills."""
-    jobs = list(product(sorted(ROOT.glob("csrc/*/cuda.cu")), ARCHITECTURES))
+    jobs = list(product(sorted(ROOT.glob("csrc/*/*.cu")), ARCHITECTURES))
     with ThreadPoolExecutor() as pool:
         compiled = list(pool.map(lambda job: list(kernels_of(nvcc, *job)), jobs))
     failed = not jobs

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# kernel_driver.sh x86_64|aarch64 OUT COMPILER FLAG...: tests/kernels_main.cpp with every kernels.cpp, compiled once per tier of
-# that processor, without torch and Python. Tiers and their flags are read from CMakeLists.txt, where they are decided.
+# kernel_driver.sh x86_64|aarch64 OUT COMPILER FLAG...: tests/kernels_main.cpp with every *kernels.cpp, compiled once per tier
+# of that processor, without torch and Python. Tiers and their flags are read from CMakeLists.txt, where they are decided.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 processor=$1 out=$2
@@ -20,8 +20,9 @@ mkdir -p "$out"
 common=(-std=c++17 -g -Icsrc -ffp-contract=fast -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized)
 objects=()
 for tier in $tiers; do
-  for source in csrc/*/kernels.cpp; do
-    object=$out/$(basename "$(dirname "$source")")_$tier.o
+  for source in csrc/*/*kernels.cpp; do
+    object=${source#csrc/}
+    object=$out/$(tr / _ <<<"${object%.cpp}")_$tier.o
     # shellcheck disable=SC2046  # a tier's flags are several words
     "$@" "${common[@]}" $(flags_of "$tier") -DFOURFOLD_ISA="$tier" -c "$source" -o "$object" &
     objects+=("$object")

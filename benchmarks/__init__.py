@@ -11,11 +11,11 @@ __all__ = ["Case", "Settings", "bench_files", "every_case"]
 
 
 def bench_files(family: str | None = None) -> list[Path]:
-    """The bench_<family>.py files, or the one of `family`."""
+    """The bench_<family>.py files, or those of `family`: bench_blockdct_rgb.py is a part of blockdct."""
     files = {path.stem.removeprefix("bench_"): path for path in sorted(Path(__file__).parent.glob("bench_*.py"))}
     if family is not None and family not in files:
         raise ValueError(f"--family: must be one of {', '.join(files)}, got {family!r}")
-    return list(files.values()) if family is None else [files[family]]
+    return [path for name, path in files.items() if family is None or f"{name}_".startswith(f"{family}_")]
 
 
 def every_case(settings: Settings) -> list[Case]:

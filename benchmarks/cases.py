@@ -20,6 +20,40 @@ LARGE = Shape((32, 3, 512, 512), "100 MB in, 100 MB out: nothing stays in a cach
 RAGGED = Shape((8, 3, 225, 301), "neither side is whole blocks: the last ones are edge-replicated")
 JPEG_LUMA = Shape((32, 64, 64, 64), "luma blocks [B, h, w, 64] of 32 JPEG files of 512 x 512")
 JPEG_SMALL = Shape((8, 28, 28, 64), "luma blocks [B, h, w, 64] of 8 JPEG files of 224 x 224")
+RETEST = Shape((8, 3, 320, 320), "the larger crop at which ImageNet networks are tested")
+PIXELS = (CLASSIFIER, POWER_OF_TWO, RETEST)  # of 8 RGB images; time per pixel should not depend on which
+
+
+class Photos(NamedTuple):
+    """JPEG files, made in memory from scikit-learn's two sample photos."""
+
+    height: int
+    width: int
+    quality: int
+    sampling: str = "4:2:0"
+    progressive: bool = False
+    count: int = 6
+    source: str = "crops of two photos, encoded by Pillow; width x height"
+
+    def __str__(self) -> str:
+        kind = f"{self.sampling}{' progressive' * self.progressive}"
+        return f"{self.count} files of {self.width}x{self.height}, q{self.quality} {kind}"
+
+
+BATCH = 36  # files that are read together
+
+# 500 x 375 is the usual size of ImageNet's files, 224 x 224 the network's.
+PHOTOS = tuple(
+    Photos(height, width, quality, sampling, progressive)
+    for height, width in ((375, 500), (224, 224))
+    for quality, sampling, progressive in (
+        (90, "4:2:0", False),
+        (75, "4:2:0", False),
+        (96, "4:2:0", False),
+        (90, "4:4:4", False),
+        (90, "4:2:0", True),
+    )
+)
 
 
 class Layer(NamedTuple):

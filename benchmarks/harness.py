@@ -1,7 +1,8 @@
 """Honest timing: ours, its rivals and a plain copy take turns in one process, and only right answers get a time.
 
 A `Case` says what is compared; a `Session` checks every contestant against the float64 reference, races them and keeps the
-results. No op is known here: the bench_<family> files declare the cases.
+results. No op is known here: the bench_<family> files declare the cases, of ops and of whatever else takes time, such as
+reading files.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 import numpy
 import torch
 
-Call = Callable[[], Any]  # one run of a contestant; gives its result: a tensor, or several
+Call = Callable[[], Any]  # one run of a contestant; gives its result: a tensor, several, or what its `tensors` understands
 Drive = Callable[[Callable[[], None], int], None]  # drive(play_round, rounds) calls play_round that often
 
 SCHEMA = 1  # of the JSON document
@@ -65,8 +66,8 @@ class Settings:
         return tool is not None and not self.quick and not self.only_ours
 
     def threads_of(self, case: Case) -> tuple[int, ...]:
-        """A case runs with each thread count in a row; the cost of a call has no use for threads."""
-        return self.threads[:1] if case.overhead else self.threads
+        """A case runs with each thread count in a row, where it has a use for threads; the cost of a call has none."""
+        return self.threads if case.threaded and not case.overhead else self.threads[:1]
 
     def choose(self, cases: Iterable[Case]) -> list[Case]:
         """The cases wanted, in the order in which they can run: "fresh" first, as no kept heap can be made fresh again."""
@@ -96,14 +97,27 @@ class Tolerance:
         return f"{self.absolute:g}{'·rms' if self.of_rms else ''} + {self.relative:g}·|reference|"
 
 
+class Absent(Exception):
+    """Raised by what can't take part here, a contestant's `make` or a case's problem; its text says why and what would help."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """`make(problem, state)` prepares what may be prepared once (weights, buffers) and gives the call that is timed."""
+    """`make(problem, state)` prepares what may be prepared once (weights, buffers) and gives the call that is timed.
+
+    reference: where it computes something else than the case: a yardstick, or a rival for the same purpose, such as pixels
+        where ours has coefficients.
+    tensors: of what the call gives, where that is no tensors; outside the clock.
+    """
 
     name: str
     make: Callable[[Any, str], Call]
     tolerance: Tolerance | None = None  # where its precision is another than the case's
-    reference: Callable[[Any], Any] | None = None  # where it computes something else than the case: a yardstick
+    reference: Callable[[Any], Any] | None = None
+    tensors: Callable[[Any], Any] | None = None
+
+    def result(self, call: Call) -> tuple[torch.Tensor, ...]:
+        return _tensors(self.tensors(call()) if self.tensors else call())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,12 +131,15 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One op on one problem in one allocation state.
+    """One op, or whatever else takes time, on one problem in one allocation state.
 
     yardsticks: do less than the op, which is why they are no rivals, and are right by their own references; told is what the
         op costs over them.
     held: of a case with a backward pass, the problem's tensors; told is what each contestant saves for it beyond them.
-    bytes: what the op must read and write. flops: of the usual algorithm, for the share of the GEMM peak.
+    bytes: what the op must read and write, timed beside a copy of as many; 0 where memory is not what it waits for.
+    flops: of the usual algorithm, for the share of the GEMM peak.
+    handles: so many of what a call handles; told is how many a second.
+    threaded: whether threads are of use to it.
     overhead: the problem is so small that only the cost of the call is left, timed beside the yardstick, or where there is
         none beside problem.clone() alone.
     overhead_goal: the microseconds over that which it may take.
@@ -142,6 +159,8 @@ class Case:
     state: str = "out"
     bytes: int = 0
     flops: int = 0
+    handles: tuple[int, str] | None = None
+    threaded: bool = True
     source: str = ""  # where the shape comes from
     quick: bool = False
     headline: bool = False  # has a row in README
@@ -430,25 +449,39 @@ class Session:
         source, target = (torch.ones(max(1, case.bytes // 8), device=self.device) for _ in range(2))
         return lambda: target.copy_(source)
 
-    def _entrants(self, case: Case) -> tuple[dict[str, Call], dict[str, float], dict[str, str]]:
-        problem, references = self._given(case)
+    def _entrants(self, case: Case) -> tuple[dict[str, Call], dict[str, float], dict[str, str], dict[str, str]]:
+        """Whose answers are right, everybody's errors, whose are wrong, and who is absent."""
+        calls: dict[str, Call] = {}
+        errors: dict[str, float] = {}
+        wrong: dict[str, str] = {}
+        absent: dict[str, str] = {}
         others = () if self.settings.only_ours else (*case.rivals, *case.yardsticks)
-        calls, errors, wrong = {}, {}, {}
         for contestant in (case.ours, *(case.yardsticks if case.overhead else others)):
+            try:
+                problem, references = self._given(case)
+                call = contestant.make(problem, case.state)
+            except Absent as reason:
+                absent[contestant.name] = str(reason)
+                if contestant is case.ours:
+                    break
+                continue
             reference = contestant.reference or case.reference
             if reference not in references:
                 references[reference] = reference(problem)
-            call = contestant.make(problem, case.state)
-            error, complaint = deviation(call(), references[reference], contestant.tolerance or case.tolerance)
+            tolerance = contestant.tolerance or case.tolerance
+            error, complaint = deviation(contestant.result(call), references[reference], tolerance)
             errors[contestant.name] = error
             if complaint:
                 wrong[contestant.name] = complaint
             else:
                 calls[contestant.name] = call
-        return calls, errors, wrong
+        return calls, errors, wrong, absent
 
     def run(self, case: Case, threads: int, drive: Drive = play) -> dict[str, Any]:
-        """Check, race, keep and give the result. Whose answer is wrong stands under "wrong" and gets no time."""
+        """Check, race, keep and give the result. Whose answer is wrong stands under "wrong" and gets no time.
+
+        Who can't take part stands under "absent"; where that is ours, there is no race.
+        """
         began = time.perf_counter()
         seconds = self._seconds_for_one()
         self.runs_left -= 1
@@ -456,8 +489,7 @@ class Session:
         set_allocation_state(case.state)
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()  # compiled code has the thread count baked in
-        calls, errors, wrong = self._entrants(case)
-        problem, _ = self._given(case)
+        calls, errors, wrong, absent = self._entrants(case)
         result = {
             "family": case.family,
             "op": case.op,
@@ -473,15 +505,17 @@ class Session:
             "tolerance": str(case.tolerance),
             "errors": {name: (error if math.isfinite(error) else str(error)) for name, error in errors.items()},
             "wrong": wrong,
+            "absent": absent,
             "warnings": [],
         }
         if case.ours.name in calls and not (case.overhead and wrong):
+            problem, _ = self._given(case)
             if case.held is not None:
                 result["saved"] = {name: saved_for_backward(call, case.held(problem)) for name, call in calls.items()}
-            if not case.overhead:
-                calls["copy_"] = self._copy(case)
-            elif not case.yardsticks:
+            if case.overhead and not case.yardsticks:
                 calls["clone"] = problem.clone
+            elif case.bytes and not case.overhead:
+                calls["copy_"] = self._copy(case)
             # The cost of a call is the processor's, whatever the device does meanwhile.
             race, watch = Race(calls, _time_cpu if case.overhead else self.clock), LoadWatch()
             if self.settings.seconds is not None:
@@ -522,8 +556,13 @@ class Session:
             summary["overhead_us"] = spread([(o - b) * 1e6 for o, b in zip(ours, race.times[base], strict=True)])
             summary["overhead_over"] = base
             summary["overhead_goal_us"] = case.overhead_goal
-        else:
+            return summary
+        if case.bytes:
             summary["copy_share"] = ratios(race.times["copy_"], ours)
             summary["gb_per_s"] = case.bytes / statistics.median(ours) * 1e-9
+        if case.flops:
             summary["gemm_share"] = case.flops / statistics.median(ours) / self._gemm_peak(threads)
+        if case.handles:
+            count, what = case.handles
+            summary["rate"] = {"of": what, "per_second": spread([count / t for t in ours])}
         return summary

@@ -60,6 +60,25 @@ def _costs(result: Result) -> str:
     return "; ".join(f"{_spread(cost)} of {yardstick}" for yardstick, cost in result.get("cost", {}).items())
 
 
+def _rate(result: Result) -> str:
+    """How much it handles a second; empty where nothing is counted."""
+    if "rate" not in result:
+        return ""
+    median, what = result["rate"]["per_second"]["median"], result["rate"]["of"]
+    if median >= 1e6:
+        return f"{median * 1e-6:.0f} M {what}/s"
+    return f"{median:.0f} {what}/s" if median >= 100 else f"{median:.3g} {what}/s"
+
+
+def _share(result: Result) -> str:
+    return f"{_spread(result['copy_share'])} of copy_" if "copy_share" in result else ""
+
+
+def _absences(results: Iterable[Result]) -> list[str]:
+    """Who could not take part, and why; runs stored before don't know the key."""
+    return list(dict.fromkeys(f"{name}: {why}" for result in results for name, why in result.get("absent", {}).items()))
+
+
 def _overhead_base(result: Result) -> str:
     base = result.get("overhead_over", "clone")
     return "clone()" if base == "clone" else base
@@ -78,6 +97,8 @@ def line(result: Result) -> str:
     head = f"{run_name(result)}:"
     for who, complaint in result["wrong"].items():
         head += f" {who} WRONG, no time ({complaint});"
+    if result["ours"] in result.get("absent", {}):
+        head += f" left out, {result['absent'][result['ours']]}"
     if "ms" not in result:
         return head.rstrip(";")
     ms = _milliseconds(result["ms"][result["ours"]]["median"])
@@ -86,7 +107,7 @@ def line(result: Result) -> str:
         over = _overhead_base(result).removesuffix("()")
         head += f" {_spread(result['overhead_us'], ' µs', 1)} over {over}" + (f", goal {goal:g} µs" if goal else "")
     else:
-        head += f" {ms}, {_costs(result) or _spread(result['copy_share']) + ' of copy_'}, {_versus(result)}"
+        head += " " + ", ".join(filter(None, [ms, _rate(result), _costs(result) or _share(result), _versus(result)]))
     return head + "".join(f"\n    warning: {warning}" for warning in result["warnings"])
 
 
@@ -108,6 +129,7 @@ class Progress:
 
     def __init__(self, session: Session) -> None:
         self.session, self.done = session, 0
+        self.absences: set[str] = set()  # told once
         on_screen = tqdm is not None and sys.stderr.isatty()  # in a log file the counted lines are the progress
         self.bar = tqdm(total=session.runs, unit="case", dynamic_ncols=True) if on_screen else None
         for text in headlines(session.document()):
@@ -125,6 +147,9 @@ class Progress:
         result = self.session.run(case, threads, drive)
         self.done += 1
         self.say(f"{self.done}/{self.session.runs} {line(result)}")
+        for absence in set(_absences([result])) - self.absences if "ms" in result else ():
+            self.absences.add(absence)
+            self.say(f"    absent from here on: {absence}")
         if self.bar is not None:
             self.bar.update()
         return result
@@ -181,6 +206,7 @@ COLUMNS = (
     "allocation",
     "threads",
     "time",
+    "rate",
     "cost over the yardstick",
     "share of copy_",
     "share of GEMM peak",
@@ -188,11 +214,18 @@ COLUMNS = (
     "other rivals",
     "saved for backward",
 )
-WHERE_KNOWN = {"cost over the yardstick": "cost", "saved for backward": "saved"}  # columns for some tables only
+WHERE_KNOWN = {  # columns for some tables only
+    "rate": "rate",
+    "cost over the yardstick": "cost",
+    "share of copy_": "copy_share",
+    "share of GEMM peak": "gemm_share",
+    "saved for backward": "saved",
+}
 
 
 def _columns(results: Iterable[Result]) -> list[str]:
-    known = {key for result in results for key in ("cost", "saved") if result.get(key) and "overhead_us" not in result}
+    raced = [result for result in results if "overhead_us" not in result]
+    known = {key for result in raced for key in WHERE_KNOWN.values() if result.get(key) not in (None, {})}
     return [column for column in COLUMNS if WHERE_KNOWN.get(column) in {None, *known}]
 
 
@@ -207,9 +240,10 @@ def _row(result: Result, columns: Sequence[str] = COLUMNS) -> list[str]:
         others = [f"{name} {ratio['median']:.2f}×" for name, ratio in result["ratio"].items() if name != result["best_rival"]]
         rest = ", ".join(others) + ("; " + wrong if wrong else "")
         cells |= {
+            "rate": _rate(result) or "–",
             "cost over the yardstick": _costs(result) or "–",
-            "share of copy_": _spread(result["copy_share"]),
-            "share of GEMM peak": f"{result['gemm_share']:.2f}",
+            "share of copy_": _spread(result["copy_share"]) if "copy_share" in result else "–",
+            "share of GEMM peak": f"{result['gemm_share']:.2f}" if "gemm_share" in result else "–",
             "against the best rival": _versus(result),
             "other rivals": rest or "–",
             "saved for backward": _saved(result) or "–",
@@ -319,7 +353,7 @@ def _readme_tables(results: list[Result]) -> list[str]:
     """Those of one family."""
     counts = sorted({result["threads"] for result in results})
     header = ["op", "input", *(f"{what}, {_threads(count)}" for count in counts for what in ("of `copy_`", "× best rival"))]
-    rows, overheads = [], {}
+    rows, rates, overheads = [], [], {}
     ungrouped = [result for result in results if not _group(result)]
     for (op, label, state), same in _by(ungrouped, "op", "label", "state").items():
         if "overhead_us" in same[0]:
@@ -327,12 +361,21 @@ def _readme_tables(results: list[Result]) -> list[str]:
             overheads.setdefault(_overhead_base(same[0]).replace("clone()", "x.clone()"), []).append(words)
             continue
         by_count = {result["threads"]: result for result in same if "ms" in result}
+        moves_bytes = all("copy_share" in result for result in by_count.values())
         cells: list[str] = []
         for count in counts:
             result = by_count.get(count)
-            cells += ("–", "–") if result is None else (f"{result['copy_share']['median']:.2f}", _best(result))
-        rows.append((f"`{op}`", f"{label} [{state}]", *cells))
+            if result is None:
+                cells += ("–", "–")
+            else:
+                cells += (
+                    (f"{result['copy_share']['median']:.2f}", _best(result)) if moves_bytes else (_rate(result), _each(result))
+                )
+        (rows if moves_bytes else rates).append((f"`{op}`", f"{label} [{state}]", *cells))
     parts = [group_table(results), _markdown_table(header, rows) if rows else None]
+    if rates:
+        header = ["function", "input", *(f"{what}, {_threads(count)}" for count in counts for what in ("rate", "× rivals"))]
+        parts.append(_markdown_table(header, rates))
     over = [f"over `{base}`: " + "; ".join(words) + "." for base, words in overheads.items()]
     parts += ["Call overhead " + " Call overhead ".join(over)] if over else []
     return [part for part in parts if part]
@@ -341,6 +384,13 @@ def _readme_tables(results: list[Result]) -> list[str]:
 def _best(result: Result) -> str:
     best = result["best_rival"]
     return f"{result['ratio'][best]['median']:.1f} ({best})" if best else "–"
+
+
+def _each(result: Result) -> str:
+    """Every rival, the strongest first."""
+    return (
+        "; ".join(f"{ratio:.2f} {name}" for ratio, name in sorted((r["median"], n) for n, r in result["ratio"].items())) or "–"
+    )
 
 
 def into_readme(readme: str, documents: Iterable[Document]) -> str:
@@ -367,6 +417,7 @@ def docs_page(documents: dict[str, Document]) -> str:
         for op, group, results in _sections(document):
             columns = _columns(results)
             parts += [f"### {_heading(op, group)}", _markdown_table(columns, (_row(result, columns) for result in results))]
+            parts += ["Absent: " + "; ".join(_absences(results)) + "."] if _absences(results) else []
         parts += [_markdown_table(("shape", "where it comes from"), sorted(_sources(document)))]
     return "\n\n".join(parts) + "\n"
 
@@ -411,6 +462,7 @@ def render_html(document: Document) -> str:
         body += [f"<h2>{escape(_heading(op, group))}</h2>", _charts(results)]
         rows = "".join(_html_row(result, columns) for result in results)
         body.append(f"<table><tr>{''.join(f'<th>{escape(name)}</th>' for name in columns)}</tr>{rows}</table>")
+        body += [f'<p class="warning">Absent: {escape(text)}</p>' for text in _absences(results)]
     noted = [(line(result).split("\n")[0], text) for result in document["results"] for text in result["warnings"]]
     if noted:
         items = "".join(f"<li>{escape(text)} — {escape(where)}</li>" for where, text in noted)
@@ -428,8 +480,8 @@ def _html_row(result: Result, columns: Sequence[str]) -> str:
 
 
 def _charts(results: list[Result]) -> str:
-    """Two bar charts as inline SVG: cost over the yardstick, or else share of copy_, and the ratio to each rival."""
-    raced = [result for result in results if "copy_share" in result]
+    """Two bar charts as inline SVG: cost over the yardstick, share of copy_ or rate, and the ratio to each rival."""
+    raced = [result for result in results if "ms" in result and "overhead_us" not in result]
     if not raced:
         return ""
     try:
@@ -449,12 +501,11 @@ def _charts(results: list[Result]) -> str:
     def whiskers(spreads: list[dict[str, float]]) -> list[list[float]]:
         return [[s["median"] - s["q1"] for s in spreads], [s["q3"] - s["median"] for s in spreads]]
 
-    costly = all(result.get("cost") for result in raced)
-    shares = [next(iter(result["cost"].values())) if costly else result["copy_share"] for result in raced]
+    title, shares = _left_bars(raced)
     left.barh(rows, [s["median"] for s in shares], xerr=whiskers(shares), height=0.6, color="#3b6ea5")
-    left.axvline(1, color="#888", linewidth=0.8)
-    title = f"{'cost over the yardstick' if costly else 'share of copy_'} (whiskers: quartiles)"
-    left.set(title=title, yticks=rows, yticklabels=labels, ylim=(len(raced) - 0.4, -0.6))
+    if "/s" not in title:
+        left.axvline(1, color="#888", linewidth=0.8)
+    left.set(title=f"{title} (whiskers: quartiles)", yticks=rows, yticklabels=labels, ylim=(len(raced) - 0.4, -0.6))
     height = 0.85 / most
     for name in rivals:
         mine = [(row, list(result["ratio"]).index(name), result) for row, result in enumerate(raced) if name in result["ratio"]]
@@ -472,3 +523,14 @@ def _charts(results: list[Result]) -> str:
     drawing = io.StringIO()
     figure.savefig(drawing, format="svg", metadata={"Date": None})
     return drawing.getvalue()[drawing.getvalue().index("<svg") :]
+
+
+def _left_bars(raced: list[Result]) -> tuple[str, list[dict[str, float]]]:
+    """What tells most among what all of these results have."""
+    if all(result.get("cost") for result in raced):
+        return "cost over the yardstick", [next(iter(result["cost"].values())) for result in raced]
+    if all("copy_share" in result for result in raced):
+        return "share of copy_", [result["copy_share"] for result in raced]
+    if all("rate" in result for result in raced):
+        return f"{raced[0]['rate']['of']}/s", [result["rate"]["per_second"] for result in raced]
+    return "ms", [result["ms"][result["ours"]] for result in raced]

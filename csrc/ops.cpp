@@ -21,6 +21,10 @@ STABLE_TORCH_LIBRARY(fourfold, m) {
   m.def(
       "dct_normalize(Tensor coefs, Tensor qtable, Tensor? mean, Tensor? std, int[]? freqs, str layout, ScalarType dtype) "
       "-> Tensor");
+  // scale is [3, F], for Y, Cb and Cr; float64 if rgb or dtype is, else float32.
+  m.def(
+      "rgb_to_dct(Tensor rgb, str subsampling, str layout, int[]? freqs, Tensor? scale, ScalarType dtype) -> "
+      "(Tensor, Tensor)");
 
   // coordconv: a convolution's plan is taps [k, out] and valid [classes, k] in the map's type, and classes [out] in int32, of
   // all spatial axes one after the other; out_size, kernel, class_count and channels (the axis's coordinate channel) go by

@@ -16,7 +16,7 @@ import pytest
 import scipy.fft
 import torch
 from battery import Op, Refusal, Sample, assert_close, assert_same
-from fourfold.ops import _checks, blockdct
+from fourfold.ops import _checks, _frequencies, blockdct
 from fourfold.reference import REFERENCES
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -725,7 +725,7 @@ def test_every_refusal_is_tested():
         Refusal(ValueError, "", lambda: into(x, tracked)),
         Refusal(ValueError, "", lambda: torch.func.jvp(lambda t: into(torch.zeros(1, 1, 8, 8), t), (x,), (x,))),
     ]
-    for module in (blockdct, _checks):
+    for module in (blockdct, _checks, _frequencies):
         assert battery.unreached_raises(OPS, module, [*zigzag_refusals(), *out_refusals]) == []
 
 

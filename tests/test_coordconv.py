@@ -36,14 +36,6 @@ def in_channels_last(x: Tensor, channel: int) -> Tensor:
     return x.movedim(channel, -1).contiguous().movedim(-1, channel)
 
 
-def both(results: tuple[Tensor, Tensor]) -> Tensor:
-    """Two results as one tensor, of the first one's dtype; torch.cat has ideas of its own under autocast."""
-    first, second = results[0].flatten(), results[1].flatten()
-    joined = first.new_empty(first.numel() + second.numel())
-    joined[: first.numel()], joined[first.numel() :] = first, second
-    return joined
-
-
 # ---- plans ---------------------------------------------------------------------------------------------------------------
 
 
@@ -124,7 +116,7 @@ def add_map(
     y = y.clone()
     activated = torch.empty_like(y) if keep else None
     coordconv._add_map_(y, tables, classes, class_count, dense, activation, activated)
-    return y if activated is None else both((y, activated))
+    return y if activated is None else battery.joined((y, activated))
 
 
 def add_map_reference(y: Tensor, *args: Any) -> Tensor:
@@ -132,7 +124,7 @@ def add_map_reference(y: Tensor, *args: Any) -> Tensor:
     y = y.clone()
     activated = torch.empty_like(y) if keep else None
     REFERENCES["_add_map_"](y, *args, activated)
-    return y if activated is None else both((y, activated))
+    return y if activated is None else battery.joined((y, activated))
 
 
 def add_map_sample(
@@ -381,8 +373,8 @@ OPS = (
     ),
     Op(
         name="_coord_tables_backward",
-        call=lambda *args: both(coordconv._coord_tables_backward(*args)),
-        reference=lambda *args: both(REFERENCES["_coord_tables_backward"](*args)),
+        call=lambda *args: battery.joined(coordconv._coord_tables_backward(*args)),
+        reference=lambda *args: battery.joined(REFERENCES["_coord_tables_backward"](*args)),
         samples=tables_backward_samples,
         small=lambda: [tables_backward_sample(label, plan, 2, last) for label, plan, _cout, last in small_plans()],
         sizes=lambda: [
@@ -415,8 +407,8 @@ OPS = (
     ),
     Op(
         name="_batch_sum",
-        call=lambda grad, relu: both(coordconv._batch_sum(grad, relu)),
-        reference=lambda grad, relu: both(REFERENCES["_batch_sum"](grad, relu)),
+        call=lambda grad, relu: battery.joined(coordconv._batch_sum(grad, relu)),
+        reference=lambda grad, relu: battery.joined(REFERENCES["_batch_sum"](grad, relu)),
         samples=batch_sum_samples,
         small=lambda: [sample for sample in batch_sum_samples(torch.float64) if max(sample.args[0].shape) < 10],
         sizes=lambda: [Sample(str(size), (randn(*size, dtype=torch.float32), None)) for size in ((2, 3, 5, 6), (4, 3, 8, 7))],

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from gpu import cases_blockdct as blockdct
+from gpu import cases_blockdct_rgb as rgb
 from gpu.harness import DTYPES
 
 HERE = Path(__file__).resolve().parent
@@ -109,3 +110,35 @@ def test_refusals(ops):
             0.0,
             torch.zeros(1, 3, 8, 8),
         )
+
+
+@pytest.mark.parametrize("pixels", rgb.PIXELS, ids=blockdct.name_of)
+@pytest.mark.parametrize("layout", rgb.LAYOUTS)
+@pytest.mark.parametrize("subsampling", rgb.SUBSAMPLINGS)
+def test_rgb_matches_the_reference(ops, subsampling, layout, pixels):
+    rgb.matches(ops, subsampling, layout, pixels, CPU)
+
+
+def test_rgb_many_tiles(ops):
+    rgb.many_tiles(ops, CPU)
+
+
+def test_rgb_nothing_to_do(ops):
+    rgb.nothing_to_do(ops, CPU)
+
+
+def test_rgb_refusals(ops):
+    def refuses(match, image, *options):
+        with pytest.raises((RuntimeError, ValueError), match=match):
+            ops.rgb_to_dct(image, *options)
+
+    image = torch.zeros(1, 3, 8, 8)
+    refuses("rgb must be", torch.zeros(1, 4, 8, 8), "4:2:0", "planar", None, None, torch.float32)
+    refuses("rgb must be", image.int(), "4:2:0", "planar", None, None, torch.float32)
+    refuses("H and W of at least 1", image[:, :, :0], "4:2:0", "planar", None, None, torch.float32)
+    refuses("subsampling must be", image, "4:1:1", "planar", None, None, torch.float32)
+    refuses("layout must be", image, "4:2:0", "interleaved", None, None, torch.float32)
+    refuses("freqs must lie", image, "4:2:0", "planar", [64], None, torch.float32)
+    refuses("dtype must be", image, "4:2:0", "planar", None, None, torch.int16)
+    refuses("scale must be", image, "4:2:0", "planar", None, torch.ones(1, 64), torch.float32)
+    refuses("scale must be", image, "4:2:0", "planar", None, torch.ones(3, 64), torch.float64)

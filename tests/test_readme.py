@@ -69,7 +69,8 @@ def test_every_function_and_module_has_a_row():
     rows = re.findall(r"^\| `([\w.]+)`", without_speeds, re.M)
     functions = [name for name in ff.__all__ if getattr(getattr(ff, name), "__module__", "").startswith("fourfold.ops.")]
     assert functions
-    assert sorted(rows) == sorted([*functions, *(f"nn.{name}" for name in ff.nn.__all__)])
+    named = {"nn": ff.nn.__all__, "jpeg": ff.jpeg.__all__, "models": ("dct_resnet50", "resnet50"), "compat": ff.compat.__all__}
+    assert sorted(rows) == sorted([*functions, *(f"{module}.{name}" for module, names in named.items() for name in names)])
 
 
 def test_readme_names_every_example():

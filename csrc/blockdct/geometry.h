@@ -160,13 +160,11 @@ inline bool is_channels_last(const Tensor& x) {
   return true;
 }
 
-// An uninitialised result beside `like`; 4-D results follow its memory format. aten's own words don't cross the stable ABI, so
-// running out of memory is said here.
-inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype, const char* op) {
+// An uninitialised result of make(). aten's own words don't cross the stable ABI, so running out of memory is said here.
+template <typename Make>
+Tensor allocated(const Tensor& like, const std::vector<int64_t>& sizes, const char* op, const Make& make) {
   try {
-    if (sizes.size() != 4 || !is_channels_last(like)) return torch::stable::new_empty(like, sizes, dtype);
-    return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt,
-                                torch::headeronly::MemoryFormat::ChannelsLast);
+    return make();
   } catch (const std::exception&) {
     std::ostringstream text;
     text << op << ": out of memory: cannot allocate a result of shape (";
@@ -174,6 +172,19 @@ inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& sizes, 
     text << ") on the " << (like.is_cuda() ? "GPU" : "CPU");
     throw std::runtime_error(text.str());
   }
+}
+
+inline Tensor new_contiguous(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype, const char* op) {
+  return allocated(like, sizes, op, [&] { return torch::stable::new_empty(like, sizes, dtype); });
+}
+
+// 4-D results follow the memory format of `like`.
+inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype, const char* op) {
+  if (sizes.size() != 4 || !is_channels_last(like)) return new_contiguous(like, sizes, dtype, op);
+  return allocated(like, sizes, op, [&] {
+    return torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt,
+                                torch::headeronly::MemoryFormat::ChannelsLast);
+  });
 }
 
 inline Tensor new_result(const Tensor& like, const std::vector<int64_t>& sizes, const char* op) {

@@ -198,11 +198,26 @@ FOURFOLD_INLINE Vec<T> load_integers(const int16_t* p) {
   return x;
 }
 
+// As many bytes as a vector has floats, from p on.
+FOURFOLD_INLINE Vec<float> load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  Vec<float> x;
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = static_cast<float>(p[i]);
+  return x;
+#endif
+}
+
 // ---- load and store ------------------------------------------------------------------------------------------------------
 
 template <typename E>
 FOURFOLD_INLINE Vec<Accumulate<E>> load(const E* p) {
-  if constexpr (sizeof(E) == 2) {
+  if constexpr (sizeof(E) == 1) {
+    return load_bytes(p);
+  } else if constexpr (sizeof(E) == 2) {
     return widen(*(const LooseBits16*)p, E{});
   } else {
     return *(const Loose<E>*)p;
@@ -389,6 +404,57 @@ template <typename T>
 FOURFOLD_INLINE void interleave(Vec<T> a, Vec<T> b, Vec<T>& low, Vec<T>& high) {
   low = permute<T, Zipped<kLanes<T>, 0>>(a, b);
   high = permute<T, Zipped<kLanes<T>, 1>>(a, b);
+}
+
+// Lane l of component kComponent of triples: element 3l + kComponent of three vectors, first among two of them, then with the
+// third.
+template <int kLanes, int kComponent>
+struct FirstOfTriples {
+  static constexpr int at(int lane) { return 3 * lane + kComponent < 2 * kLanes ? 3 * lane + kComponent : 0; }
+};
+template <int kLanes, int kComponent>
+struct LastOfTriples {
+  static constexpr int at(int lane) { return 3 * lane + kComponent < 2 * kLanes ? lane : 3 * lane + kComponent - kLanes; }
+};
+
+// Elements 0, 3, 6, … from p on, then 1, 4, 7, … and 2, 5, 8, …
+template <typename E>
+FOURFOLD_INLINE void load_triples(const E* p, Vec<Accumulate<E>>& a, Vec<Accumulate<E>>& b, Vec<Accumulate<E>>& c) {
+  using T = Accumulate<E>;
+#if defined(__AVX2__)
+  if constexpr (sizeof(E) == 1) {
+    // Twelve bytes to each 16-byte lane, and there each three of them to one 32-bit number.
+#if defined(__AVX512F__)
+    const __m512i in = _mm512_maskz_loadu_epi8((1ull << 48) - 1, p);
+    const __m512i apart = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9, 10, 11, 12), in);
+    const __m512i triples =
+        _mm512_shuffle_epi8(apart, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1)));
+    const __m512i byte = _mm512_set1_epi32(0xff);
+    a = (Vec<T>)_mm512_cvtepi32_ps(_mm512_and_si512(triples, byte));
+    b = (Vec<T>)_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(triples, 8), byte));
+    c = (Vec<T>)_mm512_cvtepi32_ps(_mm512_srli_epi32(triples, 16));
+#else
+    const __m256i in = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)p)),
+                                               _mm_loadu_si128((const __m128i*)(p + 8)), 1);
+    const __m256i triples = _mm256_shuffle_epi8(in, _mm256_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1,  //
+                                                                     4, 5, 6, -1, 7, 8, 9, -1, 10, 11, 12, -1, 13, 14, 15, -1));
+    const __m256i byte = _mm256_set1_epi32(0xff);
+    a = (Vec<T>)_mm256_cvtepi32_ps(_mm256_and_si256(triples, byte));
+    b = (Vec<T>)_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(triples, 8), byte));
+    c = (Vec<T>)_mm256_cvtepi32_ps(_mm256_srli_epi32(triples, 16));
+#endif
+    return;
+  }
+#endif
+  constexpr int kCount = kLanes<T>;
+  if constexpr (sizeof(E) == 1) {
+    for (int i = 0; i < kCount; ++i) a[i] = p[3 * i], b[i] = p[3 * i + 1], c[i] = p[3 * i + 2];
+  } else {
+    const Vec<T> x = load(p), y = load(p + kCount), z = load(p + 2 * kCount);
+    a = permute<T, LastOfTriples<kCount, 0>>(permute<T, FirstOfTriples<kCount, 0>>(x, y), z);
+    b = permute<T, LastOfTriples<kCount, 1>>(permute<T, FirstOfTriples<kCount, 1>>(x, y), z);
+    c = permute<T, LastOfTriples<kCount, 2>>(permute<T, FirstOfTriples<kCount, 2>>(x, y), z);
+  }
 }
 
 // rows[i] lane j <-> rows[j] lane i, over a square of kLanes rows: as many perfect shuffles as a lane number has bits.

@@ -7,11 +7,16 @@ is an op of ``torch.ops.fourfold`` or composed of such ops; ``fourfold.reference
 from importlib.metadata import version as _version
 
 from . import _load as _load
+from . import compat as compat
+from . import jpeg as jpeg
+from . import models as models
 from . import nn as nn
 from . import reference as reference
 from ._facts import build_info, cpu_capability, has_cuda, has_jpeg, has_triton
 from .ops._coord_plan import CoordSpec
 from .ops.blockdct import block_dct, block_idct, dct_normalize, zigzag
+from .ops.blockdct_domain import dct_crop, dct_downscale2, dct_flip, dct_rot90
+from .ops.blockdct_rgb import dct_to_rgb, rgb_to_dct
 from .ops.coordconv import add_coords, coord_conv1d, coord_conv2d, coord_conv3d, coord_conv_transpose2d
 
 __version__ = _version("fourfold")
@@ -23,16 +28,25 @@ __all__ = [
     "block_dct",
     "block_idct",
     "build_info",
+    "compat",
     "coord_conv1d",
     "coord_conv2d",
     "coord_conv3d",
     "coord_conv_transpose2d",
     "cpu_capability",
+    "dct_crop",
+    "dct_downscale2",
+    "dct_flip",
     "dct_normalize",
+    "dct_rot90",
+    "dct_to_rgb",
     "has_cuda",
     "has_jpeg",
     "has_triton",
+    "jpeg",
+    "models",
     "nn",
     "reference",
+    "rgb_to_dct",
     "zigzag",
 ]

@@ -79,6 +79,10 @@ def facts(device):
     return found
 
 
+def parts(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
 def told(error):
     return f"{type(error).__name__}: {error}"[:2000]
 
@@ -110,7 +114,7 @@ def measure(run, case, device, small, bandwidth):
     found, problems = {}, []
     try:
         contest = case.make(device, small)
-        expected = contest.ours(contest.inputs[0]).double()
+        expected = [part.double() for part in parts(contest.ours(contest.inputs[0]))]
         ours = seconds_per_call(contest.ours, contest.inputs)
         found["us"] = round(ours * 1e6, 1)
         crossing = None if small else contest.moved  # small: it is all in a cache
@@ -118,7 +122,8 @@ def measure(run, case, device, small, bandwidth):
         for floor, call in contest.floor.items():
             found[f"of {floor}"] = round(seconds_per_call(call, contest.inputs) / ours, 3)
         for rival, call in contest.rivals.items():
-            error = (call(contest.inputs[0]).double() - expected).abs().max().item()
+            pairs = zip(parts(call(contest.inputs[0])), expected, strict=True)
+            error = max((part.double() - right).abs().max().item() for part, right in pairs)
             if error <= contest.tolerance:
                 found[f"times {rival}"] = round(seconds_per_call(call, contest.inputs) / ours, 2)
             else:
@@ -134,9 +139,9 @@ def measure(run, case, device, small, bandwidth):
 
 def everything(device, budget, output):
     import torch
-    from gpu import cases_blockdct, cases_coordconv, harness
+    from gpu import cases_blockdct, cases_blockdct_rgb, cases_coordconv, harness
 
-    families = (cases_blockdct, cases_coordconv)
+    families = (cases_blockdct, cases_blockdct_rgb, cases_coordconv)
     small = device.type != "cuda"
     if not small and not torch.cuda.is_available():
         sys.exit("gpu-check needs a GPU that torch can use; run it with --device cpu to try the checks themselves")

@@ -7,6 +7,7 @@
 #define STABLE_TORCH_LIBRARY_IMPL(ns, device, m) _STABLE_TORCH_LIBRARY_IMPL(fourfold_on_host, CPU, m, C10_UID)
 
 #include "blockdct/cuda.cu"
+#include "blockdct/rgb.cu"
 #include "ops.cpp"
 
 extern "C" uint32_t quotient(uint32_t n, uint32_t divisor) {

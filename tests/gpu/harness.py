@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+Result = Tensor | tuple[Tensor, ...]
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Allowed error, relative to the value and to the largest value: 16-bit results are float32 work rounded once.
@@ -46,14 +48,14 @@ class Speed:
 
 @dataclasses.dataclass
 class Contest:
-    """Ours and its rivals, each a function of one of the inputs; they must agree within tolerance."""
+    """Ours and its rivals, each a function of one of the inputs to a tensor or a tuple; they must agree within tolerance."""
 
     inputs: list[Tensor]
     moved: int | None  # bytes that must cross device memory per call; None where memory isn't what bounds it
-    ours: Callable[[Tensor], Tensor]
-    rivals: dict[str, Callable[[Tensor], Tensor]]
+    ours: Callable[[Tensor], Result]
+    rivals: dict[str, Callable[[Tensor], Result]]
     tolerance: float
-    floor: dict[str, Callable[[Tensor], Tensor]] = dataclasses.field(default_factory=dict)  # does less: ours can't beat it
+    floor: dict[str, Callable[[Tensor], Result]] = dataclasses.field(default_factory=dict)  # does less: ours can't beat it
 
 
 def needs_gpu(device: torch.device) -> None:
@@ -69,15 +71,17 @@ def needs_memory(device: torch.device, size: int) -> None:
         raise Unavailable(f"needs {size / 1e9:.0f} GB of free GPU memory, has {free / 1e9:.0f}")
 
 
-def assert_close(result: Tensor, expected: Tensor, what: str = "", rtol: float | None = None) -> None:
-    """result against expected in float64; rtol: instead of the one of its dtype."""
+def assert_close(
+    result: Tensor, expected: Tensor, what: str = "", rtol: float | None = None, largest: Tensor | None = None
+) -> None:
+    """result against expected in float64; rtol: instead of the one of its dtype; largest: where expected is only a part."""
     assert result.shape == expected.shape, f"{what}: shape {tuple(result.shape)}, expected {tuple(expected.shape)}"
     if expected.numel() == 0:
         return
     usual, atol = TOLERANCE[result.dtype]
     rtol = usual if rtol is None else rtol
     error = (result.double() - expected).abs()
-    bound = rtol * expected.abs() + atol * (1 + expected.abs().max())
+    bound = rtol * expected.abs() + atol * (1 + (expected.abs().max() if largest is None else largest))
     assert bool((error <= bound).all()), (
         f"{what}: off by {(error / bound).nan_to_num(math.inf).max().item():.3g} times what is allowed"
     )
@@ -120,7 +124,7 @@ def rotation(moved: int, device: torch.device) -> int:
     return max(3, math.ceil(4 * torch.cuda.get_device_properties(device).L2_cache_size / moved))
 
 
-def seconds_per_call(call: Callable[[Tensor], Tensor], inputs: list[Tensor], rounds: int = 7) -> float:
+def seconds_per_call(call: Callable[[Tensor], Result], inputs: list[Tensor], rounds: int = 7) -> float:
     """Median over rounds of one call per input. On a GPU a round replays a graph, so that launches cost nothing."""
     device = inputs[0].device
     if device.type != "cuda":

@@ -1,6 +1,6 @@
 """Drop-in modules."""
 
-from .blockdct import BlockDCT2d, BlockIDCT2d
+from .blockdct import BlockDCT2d, BlockIDCT2d, RGBToDCT
 from .coordconv import AddCoords, CoordConv1d, CoordConv2d, CoordConv3d, CoordConvTranspose2d
 
 __all__ = [
@@ -11,4 +11,5 @@ __all__ = [
     "CoordConv2d",
     "CoordConv3d",
     "CoordConvTranspose2d",
+    "RGBToDCT",
 ]

@@ -7,7 +7,19 @@ import torch
 from torch import Tensor
 
 from ..ops import _checks as check
+from ..ops import _frequencies as frequencies
 from ..ops.blockdct import block_dct, block_idct, check_options
+from ..ops.blockdct_rgb import check_options as check_rgb_options
+from ..ops.blockdct_rgb import rgb_to_dct
+
+
+def _repr_of(freqs: list[int] | None, scale: Tensor | None) -> list[str]:
+    parts = []
+    if freqs is not None:
+        parts.append(f"freqs={freqs}" if len(freqs) <= 8 else f"freqs=[{len(freqs)} frequencies]")
+    if scale is not None:
+        parts.append(f"scale={tuple(scale.shape)}")
+    return parts
 
 
 class _BlockTransform(torch.nn.Module):
@@ -55,10 +67,7 @@ class _BlockTransform(torch.nn.Module):
     def extra_repr(self) -> str:
         """The arguments that differ from the defaults."""
         parts = [f"block_size={self.block_size}", f"layout={self.layout!r}"]
-        if self.freqs is not None:
-            parts.append(f"freqs={self.freqs}" if len(self.freqs) <= 8 else f"freqs=[{len(self.freqs)} frequencies]")
-        if self.scale is not None:
-            parts.append(f"scale={tuple(self.scale.shape)}")
+        parts += _repr_of(self.freqs, self.scale)
         if self.shift:
             parts.append(f"shift={self.shift}")
         return ", ".join(parts)
@@ -81,3 +90,50 @@ class BlockIDCT2d(_BlockTransform):
     def forward(self, y: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """y in the layout -> image [B, C, H, W]; size: (H, W) to crop to."""
         return block_idct(y, size=size, **self._options())
+
+
+class RGBToDCT(torch.nn.Module):
+    """Module form of :func:`fourfold.rgb_to_dct`: RGB [B, 3, H, W] to (y, cbcr), the input of a DCT network.
+
+    ``scale`` is a buffer, or trained if given as a ``torch.nn.Parameter``; the other arguments are fixed. ``dtype`` is that of
+    the results and stays when the module is moved to another.
+    """
+
+    scale: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        subsampling: str = "4:2:0",
+        layout: str = "planar",
+        freqs: Sequence[int] | Tensor | None = None,
+        scale: Tensor | Sequence[float] | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: Any = None,
+    ) -> None:
+        super().__init__()
+        check_rgb_options("RGBToDCT", subsampling, layout, dtype)
+        self.subsampling, self.layout, self.dtype = subsampling, layout, dtype
+        self.freqs = frequencies.listed("RGBToDCT", freqs, 8)
+        f = frequencies.count(self.freqs, 8)
+        if isinstance(scale, torch.nn.Parameter):
+            self.scale = scale
+        else:
+            given = None if scale is None else check.numbers("RGBToDCT", "scale", scale, torch.float32, torch.device("cpu"))
+            self.register_buffer("scale", given if given is None or device is None else given.to(device))
+        if self.scale is not None and tuple(self.scale.shape) not in {(f,), (3, f)}:
+            raise ValueError(f"RGBToDCT: scale must be [{f}] or [3, {f}], got {list(self.scale.shape)}")
+
+    def extra_repr(self) -> str:
+        """The arguments that differ from the defaults."""
+        parts = [f"subsampling={self.subsampling!r}", f"layout={self.layout!r}"]
+        parts += _repr_of(self.freqs, self.scale)
+        if self.dtype != torch.float32:
+            parts.append(f"dtype={self.dtype}")
+        return ", ".join(parts)
+
+    def forward(self, rgb: Tensor) -> tuple[Tensor, Tensor]:
+        """rgb [B, 3, H, W], uint8 or floating in 0..255 -> (y, cbcr)."""
+        return rgb_to_dct(
+            rgb, subsampling=self.subsampling, layout=self.layout, freqs=self.freqs, scale=self.scale, dtype=self.dtype
+        )

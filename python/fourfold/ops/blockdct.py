@@ -7,7 +7,7 @@ its adjoint.
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +15,12 @@ from torch import Tensor
 
 from ..reference._dtypes import accumulate_type
 from . import _checks as check
+from . import _frequencies as frequencies
+from ._frequencies import Freqs
 from ._register import register
 
 BLOCK_SIZES = (2, 4, 8, 16, 32)
 LAYOUTS = ("planar", "blocks", "interleaved")
-
-Freqs = Sequence[int] | None
-
 
 # ---- shapes ----------------------------------------------------------------------------------------------------------
 
@@ -47,10 +46,6 @@ def _new(like: Tensor, shape: Sequence[int]) -> Tensor:
     if len(shape) == 4 and channels_last:
         return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
     return like.new_empty(shape)
-
-
-def _count(freqs: Freqs, n: int) -> int:
-    return n * n if freqs is None else len(freqs)
 
 
 # ---- scale -----------------------------------------------------------------------------------------------------------
@@ -105,7 +100,7 @@ def _vmap_of(op: Any, is_image: bool) -> Any:
         scale = scale.movedim(scale_dim, 0)
         f = scale.shape[2]
         channels = x.shape[2] // f if layout == "planar" and not is_image else x.shape[2]
-        scale = scale.expand(samples, channels, f).reshape(samples * channels, f)
+        scale = scale.expand(samples, channels, f).reshape(samples * channels, f).contiguous()
         y = call_op(op, x.flatten(1, 2), n, layout, freqs, scale, *rest)
         return y.unflatten(1, (samples, -1)), 1
 
@@ -133,7 +128,7 @@ def _needs_scale(ctx: Any) -> bool:
 
 
 def _block_dct_fake(x: Tensor, n: int, layout: str, freqs: Freqs, scale: Tensor | None, shift: float) -> Tensor:
-    return _new(x, _coef_shape(x.shape, n, layout, _count(freqs, n)))
+    return _new(x, _coef_shape(x.shape, n, layout, frequencies.count(freqs, n)))
 
 
 def _block_dct_vjp(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -176,7 +171,7 @@ _block_dct = register(
 def _block_dct_backward_fake(
     grad: Tensor, n: int, layout: str, freqs: Freqs, scale: Tensor | None, size: Sequence[int]
 ) -> Tensor:
-    return _new(grad, _image_shape(grad, n, layout, _count(freqs, n), size))
+    return _new(grad, _image_shape(grad, n, layout, frequencies.count(freqs, n), size))
 
 
 def _block_dct_backward_vjp(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -215,7 +210,7 @@ _block_dct_backward = register(
 def _block_idct_fake(
     y: Tensor, n: int, layout: str, freqs: Freqs, scale: Tensor | None, shift: float, size: Sequence[int] | None
 ) -> Tensor:
-    return _new(y, _image_shape(y, n, layout, _count(freqs, n), size))
+    return _new(y, _image_shape(y, n, layout, frequencies.count(freqs, n), size))
 
 
 def _block_idct_vjp(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -253,7 +248,7 @@ _block_idct = register(
 
 
 def _block_idct_backward_fake(grad: Tensor, n: int, layout: str, freqs: Freqs, scale: Tensor | None) -> Tensor:
-    return _new(grad, _coef_shape(grad.shape, n, layout, _count(freqs, n)))
+    return _new(grad, _coef_shape(grad.shape, n, layout, frequencies.count(freqs, n)))
 
 
 def _block_idct_backward_vjp(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -293,61 +288,6 @@ _block_idct_out = register("_block_idct_out", fake=lambda *args: None)
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
-
-
-def _frequencies(op: str, freqs: Any, n: int) -> list[int] | None:
-    """freqs as a checked list of row-major indices."""
-    if freqs is None:
-        return None
-    if isinstance(freqs, Tensor):
-        _check_index(op, freqs)
-    if isinstance(freqs, (Tensor, np.ndarray)):
-        freqs = freqs.tolist()
-    if not isinstance(freqs, (list, tuple, range)):
-        raise TypeError(f"{op}: freqs must be a list of ints or a 1-D int64 tensor, got {type(freqs).__name__}")
-    indices = [check.integer(op, "each of freqs", f) for f in freqs]
-    for f in indices:
-        if not 0 <= f < n * n:
-            raise ValueError(f"{op}: freqs must lie in 0..{n * n - 1} for block_size {n}, got {f}")
-    if not indices:
-        raise ValueError(f"{op}: freqs must name at least one frequency, got []; pass None to keep all")
-    if len(set(indices)) != len(indices):
-        raise ValueError(f"{op}: freqs must not repeat, got {indices}")
-    return indices
-
-
-def _check_index(op: str, freqs: Tensor) -> None:
-    if freqs.dtype != torch.int64 or freqs.dim() != 1:
-        raise TypeError(
-            f"{op}: freqs must be a list of ints or a 1-D int64 tensor, got {check.dtype_name(freqs)} of shape "
-            f"{tuple(freqs.shape)}"
-        )
-
-
-def _is_index(freqs: Any, op: str) -> TypeGuard[Tensor]:
-    """Whether freqs is a tensor whose values can't be read now: traced, or on a device that would have to be waited for."""
-    if not isinstance(freqs, Tensor) or not (torch.compiler.is_compiling() or freqs.device.type != "cpu"):
-        return False
-    _check_index(op, freqs)
-    return True
-
-
-def _select(coefs: Tensor, index: Tensor, n: int, layout: str) -> Tensor:
-    """The frequencies of a 1-D int64 tensor, out of all."""
-    if layout == "blocks":
-        return coefs.index_select(-1, index)
-    b, planes, h, w = coefs.shape
-    return coefs.reshape(b, planes // (n * n), n * n, h, w).index_select(2, index).flatten(1, 2)
-
-
-def _spread(coefs: Tensor, index: Tensor, n: int, layout: str) -> Tensor:
-    """The transpose of _select: missing frequencies are zero."""
-    if layout == "blocks":
-        return coefs.new_zeros((*coefs.shape[:-1], n * n)).index_copy(-1, index, coefs)
-    b, planes, h, w = coefs.shape
-    kept = coefs.reshape(b, planes // index.shape[0], index.shape[0], h, w)
-    full = coefs.new_zeros((b, kept.shape[1], n * n, h, w)).index_copy(2, index, kept)
-    return full.flatten(1, 2)
 
 
 def _deliver(op: str, result: Tensor, out: Tensor | None, *inputs: Tensor | None) -> Tensor:
@@ -391,8 +331,8 @@ def _check_common(op: str, block_size: Any, layout: Any, freqs: Any) -> int:
 def check_options(op: str, block_size: Any, layout: Any, freqs: Any, scale: Any, shift: Any) -> dict[str, Any]:
     """Checks the options that a module keeps, in its own name, before there is an input; returns them as it keeps them."""
     n = _check_common(op, block_size, layout, freqs)
-    kept = _frequencies(op, freqs, n)
-    f = _count(kept, n)
+    kept = frequencies.listed(op, freqs, n)
+    f = frequencies.count(kept, n)
     if scale is not None and not (scale.dim() in {1, 2} and scale.shape[-1] == f):
         raise ValueError(f"{op}: scale must be [{f}] or [C, {f}], got {list(scale.shape)}")
     return {"block_size": n, "layout": layout, "freqs": kept, "shift": _shift(op, shift)}
@@ -444,18 +384,18 @@ def block_dct(
         raise ValueError(f"{op}: x must be [B, C, H, W], got {tuple(x.shape)}{fix}")
     if x.shape[2] < 1 or x.shape[3] < 1:
         raise ValueError(f"{op}: x must have H and W of at least 1, got {tuple(x.shape)}")
-    if _is_index(freqs, op):
+    if frequencies.is_index(freqs, op):
         factors = _scale(op, scale, x.shape[1], freqs.shape[0], x)
         full = block_dct(x.to(accumulate_type(x.dtype)), block_size, layout=layout, shift=shift)
-        result = _select(full, freqs, block_size, layout)
+        result = frequencies.select(full, freqs, block_size, layout)
         result = (result if factors is None else _scaled(result, factors, block_size, layout)).to(x.dtype)
         return _deliver(op, result, out, x, factors)
-    kept = _frequencies(op, freqs, block_size)
-    factors = _scale(op, scale, x.shape[1], _count(kept, block_size), x)
+    kept = frequencies.listed(op, freqs, block_size)
+    factors = _scale(op, scale, x.shape[1], frequencies.count(kept, block_size), x)
     offset = _shift(op, shift)
     if out is None:
         return _block_dct(x, block_size, layout, kept, factors, offset)
-    check.out_tensor(op, out, _coef_shape(x.shape, block_size, layout, _count(kept, block_size)), x, factors)
+    check.out_tensor(op, out, _coef_shape(x.shape, block_size, layout, frequencies.count(kept, block_size)), x, factors)
     _block_dct_out(x, block_size, layout, kept, factors, offset, out)
     return check.written(out)
 
@@ -501,9 +441,9 @@ def block_idct(
     rank = 5 if layout == "blocks" else 4
     if y.dim() != rank:
         raise ValueError(f"{op}: y must be {rank}-D in layout {layout!r}, got {tuple(y.shape)}")
-    index: Tensor | None = freqs if _is_index(freqs, op) else None
-    kept = None if index is not None else _frequencies(op, freqs, n)
-    f = _count(kept, n) if index is None else index.shape[0]
+    index: Tensor | None = freqs if frequencies.is_index(freqs, op) else None
+    kept = None if index is not None else frequencies.listed(op, freqs, n)
+    f = frequencies.count(kept, n) if index is None else index.shape[0]
     if layout == "planar" and y.shape[1] % f:
         raise ValueError(
             f"{op}: planar y must have channels * {f} planes, got {y.shape[1]}; check block_size, freqs and layout"
@@ -534,7 +474,7 @@ def block_idct(
     if index is not None:
         coefs = y.to(accumulate_type(y.dtype))
         coefs = coefs if factors is None else _scaled(coefs, 1 / factors, n, layout)
-        image = block_idct(_spread(coefs, index, n, layout), n, layout=layout, shift=shift, size=size).to(y.dtype)
+        image = block_idct(frequencies.spread(coefs, index, n, layout), n, layout=layout, shift=shift, size=size).to(y.dtype)
         return _deliver(op, image, out, y, factors)
     if out is None:
         return _block_idct(y, n, layout, kept, factors, offset, size)
@@ -573,7 +513,7 @@ def _dct_normalize_fake(
     dtype: torch.dtype,
 ) -> Tensor:
     *lead, h, w, _ = coefs.shape
-    f = _count(freqs, 8)
+    f = frequencies.count(freqs, 8)
     return coefs.new_empty((*lead, f, h, w) if layout == "planar" else (*lead, h, w, f), dtype=dtype)
 
 
@@ -709,9 +649,9 @@ def dct_normalize(
         raise ValueError(f"{op}: coefs must be [.., h, w, 64], got {tuple(coefs.shape)}")
     if qtable.is_complex() or qtable.dtype == torch.bool:
         raise TypeError(f"{op}: qtable must hold numbers, got {check.dtype_name(qtable)}")
-    index: Tensor | None = freqs if _is_index(freqs, op) else None
-    kept = None if index is not None else _frequencies(op, freqs, 8)
-    f = _count(kept, 8) if index is None else index.shape[0]
+    index: Tensor | None = freqs if frequencies.is_index(freqs, op) else None
+    kept = None if index is not None else frequencies.listed(op, freqs, 8)
+    f = frequencies.count(kept, 8) if index is None else index.shape[0]
     lead = coefs.shape[:-3]
     if not any(check.has_shape(qtable, *lead[:shared], 64) for shared in range(min(len(lead), 2) + 1)):
         raise ValueError(

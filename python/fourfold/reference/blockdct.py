@@ -56,11 +56,11 @@ def inverse_transform(coefs: Tensor, n: int) -> Tensor:
     return (d.T @ coefs.unflatten(-1, (n, n)) @ d).transpose(-3, -2).reshape(*lead, h * n, w * n)
 
 
-def replicate_edges(x: Tensor, n: int) -> Tensor:
-    """x [B, C, H, W] with its last row and column repeated up to whole blocks."""
-    rows = torch.arange(-(-x.shape[2] // n) * n, device=x.device).clamp(max=x.shape[2] - 1)
-    columns = torch.arange(-(-x.shape[3] // n) * n, device=x.device).clamp(max=x.shape[3] - 1)
-    return x[:, :, rows][..., columns]
+def replicate_edges(x: Tensor, rows: int, columns: int) -> Tensor:
+    """x [B, C, H, W] with its last row and column repeated up to multiples of rows and columns."""
+    i = torch.arange(-(-x.shape[2] // rows) * rows, device=x.device).clamp(max=x.shape[2] - 1)
+    j = torch.arange(-(-x.shape[3] // columns) * columns, device=x.device).clamp(max=x.shape[3] - 1)
+    return x[:, :, i][..., j]
 
 
 def keep(coefs: Tensor, freqs: Sequence[int] | None) -> Tensor:
@@ -94,7 +94,7 @@ def block_dct(
     x: Tensor, block_size: int, layout: str, freqs: Sequence[int] | None, scale: Tensor | None, shift: float
 ) -> Tensor:
     """scale * DCT(x + shift) of each block, edges replicated."""
-    z = replicate_edges(x.to(accumulate_type(x.dtype)) + shift, block_size)
+    z = replicate_edges(x.to(accumulate_type(x.dtype)) + shift, block_size, block_size)
     coefs = keep(transform(z, block_size), freqs)
     if scale is not None:
         coefs = coefs * scale[:, None, None, :]

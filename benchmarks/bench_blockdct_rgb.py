@@ -1,0 +1,541 @@
+"""rgb_to_dct and dct_to_rgb against plain torch; what dct_flip and its like do to coefficients against the way through pixels.
+
+Colour, box filter and transform of rgb_to_dct are linear, so its strongest eager rival is two convolutions with everything
+folded into their filters, made beforehand; what it needs on each call is the images in floating point.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import fourfold as ff
+import torch
+import torch.nn.functional as F
+from fourfold.reference import blockdct_domain as domain
+from fourfold.reference import blockdct_rgb as reference
+from torch import Tensor
+
+from . import cases as shapes
+from .bench_blockdct import compiled, cosines
+from .harness import Call, Case, Contestant, Settings, Tolerance
+
+FAMILY = "blockdct"
+# Coefficients reach 1024, and are sums of up to 768 products of a level and a weight.
+FLOAT32 = Tolerance(4e-3, 1e-5)
+BFLOAT16 = Tolerance(4e-3, 2**-8)
+BFLOAT16_FILTERS = Tolerance(8.0, 2**-6)  # luma's mean before its level shift is up to 2040, and its filter is rounded
+LEVELS = Tolerance(2e-3, 1e-5)  # of pixels, 0..255
+EXACT = Tolerance(0.0, 0.0)
+
+Pair = tuple[Tensor, Tensor]
+
+
+def colours() -> Tensor:
+    """[3, 3]: Y, Cb and Cr of R, G and B, full-range BT.601."""
+    red, green, blue = reference.LUMA
+    luma = torch.tensor([red, green, blue], dtype=torch.float64)
+    chroma = torch.eye(3, dtype=torch.float64)[[2, 0]] - luma  # B - Y, R - Y
+    return torch.stack([luma, chroma[0] / (2 - 2 * blue), chroma[1] / (2 - 2 * red)])
+
+
+# --- rgb_to_dct -----------------------------------------------------------------------------------------------------------
+
+
+class Images:
+    """RGB images, with the filters that every contestant may prepare."""
+
+    def __init__(
+        self,
+        size: tuple[int, ...],
+        subsampling: str,
+        channels_last: bool,
+        kind: torch.dtype,
+        options: dict[str, object],
+        device: torch.device,
+    ) -> None:
+        self.options = {"subsampling": subsampling, "layout": "planar", "freqs": None, "dtype": torch.float32} | options
+        self.cell = reference.SUBSAMPLINGS[subsampling]
+        levels = torch.randint(0, 256, size, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        self.rgb = levels.to(device, kind).contiguous(memory_format=_memory_format(channels_last))
+        (v, h), (height, width) = self.cell, size[2:]
+        self.grids = [(-(-height // 8), -(-width // 8)), (-(-height // (8 * v)), -(-width // (8 * h)))]
+        self.pads = (-width % (8 * h), -height % (8 * v))
+        d = cosines(8)
+        self.d = d.to(device, torch.float32)
+        self.colours = colours().to(device, torch.float32)
+        kept = self.options["freqs"] or range(64)
+        basis = torch.einsum("ui,vj->uvij", d, d).reshape(64, 8, 8)[list(kept)]
+        cells = basis.repeat_interleave(v, 1).repeat_interleave(h, 2) / (v * h)
+        luma = torch.einsum("fij,c->fcij", basis, colours()[0])
+        chroma = torch.einsum("fij,kc->kfcij", cells, colours()[1:]).flatten(0, 1)
+        shift = torch.tensor([-1024.0 if f == 0 else 0.0 for f in kept])
+        self.luma, self.chroma, self.shift = (t.to(device, torch.float32) for t in (luma, chroma, shift))
+
+    def floats(self, memory_format: torch.memory_format, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The images in floating point and in whole cells; inside the clock."""
+        x = self.rgb.to(dtype, memory_format=memory_format)
+        right, below = self.pads
+        return F.pad(x, (0, right, 0, below), mode="replicate") if right or below else x
+
+    def cropped(self, y: Tensor, cbcr: Tensor) -> Pair:
+        """Without blocks that only the other component's grid has."""
+        y, cbcr = (t[..., :rows, :columns] for t, (rows, columns) in zip((y, cbcr), self.grids, strict=True))
+        if self.options["layout"] == "blocks":
+            return y.permute(0, 2, 3, 1)[:, None], cbcr.unflatten(1, (2, -1)).permute(0, 1, 3, 4, 2)
+        return y, cbcr
+
+
+def _memory_format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def to_dct(p: Images, state: str) -> Call:
+    return functools.partial(ff.rgb_to_dct, p.rgb, **p.options)
+
+
+def to_dct_float32(p: Images, state: str) -> Call:
+    return functools.partial(ff.rgb_to_dct, p.rgb, **p.options | {"dtype": torch.float32})
+
+
+def two_convolutions(channels_last: bool, dtype: torch.dtype = torch.float32) -> Callable[[Images, str], Call]:
+    """Results stay in the memory order in which the convolutions give them."""
+    memory_format = _memory_format(channels_last)
+
+    def make(p: Images, state: str) -> Call:
+        v, h = p.cell
+        luma, chroma = (w.to(dtype).contiguous(memory_format=memory_format) for w in (p.luma, p.chroma))
+        shift = p.shift.to(dtype)
+
+        def call() -> Pair:
+            x = p.floats(memory_format, dtype)
+            return p.cropped(F.conv2d(x, luma, shift, stride=8), F.conv2d(x, chroma, stride=(8 * v, 8 * h)))
+
+        return call
+
+    return make
+
+
+def two_passes(x: Tensor, d: Tensor) -> Tensor:
+    """The 8 x 8 DCT of [B, C, H, W], planar: rows by one GEMM, columns by a batched one, then a permuting copy."""
+    b, c, height, width = x.shape
+    strips = b * c * height // 8
+    z = torch.mm(x.reshape(-1, 8), d.T).view(strips, 8, width)
+    z = torch.bmm(d.expand(strips, 8, 8), z)
+    return z.view(b, c, height // 8, 8, width // 8, 8).permute(0, 1, 3, 5, 2, 4).reshape(b, 64 * c, height // 8, width // 8)
+
+
+def gemms(p: Images, state: str) -> Call:
+    """Colour by a matmul, chroma by avg_pool2d, the transform by two GEMMs."""
+
+    def call() -> Pair:
+        x = p.floats(torch.contiguous_format)
+        ycc = torch.matmul(p.colours, x.flatten(2)).view(x.shape)
+        y = two_passes(ycc[:, :1], p.d)
+        y[:, 0] -= 1024
+        return p.cropped(y, two_passes(F.avg_pool2d(ycc[:, 1:], p.cell), p.d))
+
+    return call
+
+
+def _coefficients(p: Images) -> Pair:
+    """In float64, image by image."""
+    given = (p.options["subsampling"], p.options["layout"], p.options["freqs"], None, torch.float64)
+    parts = [reference.rgb_to_dct(image, *given) for image in p.rgb.split(1)]
+    y, cbcr = (torch.cat(part) for part in zip(*parts, strict=True))
+    return y, cbcr
+
+
+def _to_dct(
+    settings: Settings,
+    shape: shapes.Shape,
+    *,
+    subsampling: str = "4:2:0",
+    channels_last: bool = False,
+    kind: torch.dtype = torch.uint8,
+    compile_too: bool = False,
+    quick: bool = False,
+    headline: bool = False,
+    **options: object,
+) -> Case:
+    b, _, height, width = shape.size
+    narrow = options.get("dtype") == torch.bfloat16
+    rivals = [
+        Contestant("two convolutions", two_convolutions(False)),
+        Contestant("two convolutions, channels_last", two_convolutions(True)),
+    ]
+    if narrow:
+        rivals = [
+            Contestant("fourfold in float32", to_dct_float32, FLOAT32),
+            Contestant("two convolutions", two_convolutions(False, torch.bfloat16), BFLOAT16_FILTERS),
+            Contestant("two convolutions, channels_last", two_convolutions(True, torch.bfloat16), BFLOAT16_FILTERS),
+        ]
+    elif options.get("freqs") is None:  # where few are wanted, the separable form is no rival: it computes all
+        rivals.append(Contestant("GEMMs", gemms))
+    if compile_too and settings.compiles:
+        rivals += [Contestant(f"{rival.name}, compiled", compiled(rival.make)) for rival in rivals]
+    v, h = reference.SUBSAMPLINGS[subsampling]
+    f = len(options.get("freqs") or range(64))
+    blocks = b * (-(-height // 8) * -(-width // 8) + 2 * -(-height // (8 * v)) * -(-width // (8 * h)))
+    pixels = b * height * width
+    itemsize = 2 if narrow else 4
+    words = [
+        "channels_last" if channels_last else "contiguous",
+        str(shape),
+        str(kind).removeprefix("torch."),
+        subsampling,
+        *(["blocks"] if options.get("layout") == "blocks" else []),
+        *(["to bfloat16"] if narrow else []),
+        *([f"first {f} zigzag frequencies"] if f < 64 else []),
+    ]
+    return Case(
+        family=FAMILY,
+        op="rgb_to_dct",
+        label=" ".join(words),
+        problem=functools.partial(Images, shape.size, subsampling, channels_last, kind, options),
+        reference=_coefficients,
+        ours=Contestant("fourfold", to_dct),
+        rivals=tuple(rivals),
+        tolerance=BFLOAT16 if narrow else FLOAT32,
+        state="heap",
+        bytes=3 * pixels * kind.itemsize + blocks * f * itemsize,
+        flops=18 * pixels + blocks * 4 * 8**3,
+        handles=(pixels, "pixels"),
+        source=shape.source,
+        quick=quick,
+        headline=headline,
+    )
+
+
+def _forward(settings: Settings) -> Iterator[Case]:
+    if settings.random_shapes:
+        for shape in _random_images(settings):
+            for channels_last in (False, True):
+                yield _to_dct(settings, shape, channels_last=channels_last, quick=True)
+        return
+    for shape in shapes.PIXELS:
+        for channels_last in (False, True):
+            quick = shape is shapes.CLASSIFIER
+            yield _to_dct(settings, shape, channels_last=channels_last, compile_too=True, quick=quick, headline=True)
+    make = functools.partial(_to_dct, settings, shapes.CLASSIFIER)
+    yield make(subsampling="4:4:4")
+    yield make(subsampling="4:2:2")
+    yield make(kind=torch.float32)
+    yield make(layout="blocks")
+    yield make(dtype=torch.bfloat16)
+    yield make(freqs=tuple(ff.zigzag(8)[:24].tolist()))
+    yield _to_dct(settings, shapes.RAGGED)
+
+
+def _random_images(settings: Settings) -> Iterator[shapes.Shape]:
+    """RGB ones."""
+    for shape in shapes.random_images(settings.seed):
+        b, _, height, width = shape.size
+        yield shapes.Shape((b, 3, height, width), shape.source)
+
+
+# --- dct_to_rgb -----------------------------------------------------------------------------------------------------------
+
+
+class Coefficients:
+    """Those of RGB images, 4:2:0, with the filters that every contestant may prepare."""
+
+    def __init__(self, size: tuple[int, ...], device: torch.device) -> None:
+        self.size = size[2:]
+        levels = torch.randint(0, 256, size, generator=torch.Generator().manual_seed(0), dtype=torch.uint8).to(device)
+        self.y, self.cbcr = reference.rgb_to_dct(levels, "4:2:0", "planar", None, None, torch.float32)
+        d = cosines(8)
+        back = torch.linalg.inv(colours())  # [RGB, YCbCr]
+        basis = torch.einsum("ui,vj->uvij", d, d).reshape(64, 8, 8)
+        cells = basis.repeat_interleave(2, 1).repeat_interleave(2, 2)
+        luma = torch.einsum("fij,c->fcij", basis, back[:, 0])
+        chroma = torch.einsum("fij,ck->kfcij", cells, back[:, 1:]).flatten(0, 1)
+        self.d, self.back, self.luma, self.chroma = (t.to(device, torch.float32) for t in (d, back, luma, chroma))
+        self.shift = torch.full((3,), 128.0, device=device)
+
+    def cropped(self, image: Tensor) -> Tensor:
+        height, width = self.size
+        return image[..., :height, :width]
+
+
+def to_rgb(p: Coefficients, state: str) -> Call:
+    return functools.partial(ff.dct_to_rgb, p.y, p.cbcr, size=p.size)
+
+
+def two_transposed_convolutions(p: Coefficients, state: str) -> Call:
+    """The filters of the two convolutions, transposed: inverse DCT, upsampling and colour at once."""
+
+    def call() -> Tensor:
+        luma = p.cropped(F.conv_transpose2d(p.y, p.luma, p.shift, stride=8))
+        return luma + p.cropped(F.conv_transpose2d(p.cbcr, p.chroma, stride=16))
+
+    return call
+
+
+def _to_colours(p: Coefficients, luma: Tensor, chroma: Tensor) -> Tensor:
+    """RGB of Y [B, 1, H, W] and of Cb, Cr [B, 2, H/2, W/2]."""
+    chroma = p.cropped(chroma.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    ycc = torch.cat([p.cropped(luma) + 128, chroma], 1)
+    return torch.matmul(p.back, ycc.flatten(2)).view(ycc.shape)
+
+
+def two_passes_back(coefs: Tensor, d: Tensor) -> Tensor:
+    """The inverse of two_passes."""
+    b, channels, h, w = coefs.shape
+    c, strips = channels // 64, b * channels // 64 * h
+    z = coefs.view(b, c, 8, 8, h, w).permute(0, 1, 4, 2, 5, 3).reshape(strips, 8, 8 * w)
+    z = torch.bmm(d.T.expand(strips, 8, 8), z)
+    return torch.mm(z.view(-1, 8), d).view(b, c, 8 * h, 8 * w)
+
+
+def gemms_back(p: Coefficients, state: str) -> Call:
+    """The transform by two GEMMs, colour by a matmul."""
+    return lambda: _to_colours(p, two_passes_back(p.y, p.d), two_passes_back(p.cbcr, p.d))
+
+
+def einsum_back(p: Coefficients, state: str) -> Call:
+    def image(coefs: Tensor) -> Tensor:
+        b, channels, h, w = coefs.shape
+        cells = coefs.view(b, channels // 64, 8, 8, h, w)
+        return torch.einsum("ui,bcuvhw,vj->bchiwj", p.d, cells, p.d).reshape(b, channels // 64, 8 * h, 8 * w)
+
+    return lambda: _to_colours(p, image(p.y), image(p.cbcr))
+
+
+def _rgb(p: Coefficients) -> Tensor:
+    return reference.dct_to_rgb(p.y.double(), p.cbcr.double(), "4:2:0", p.size)
+
+
+def _to_rgb(settings: Settings, shape: shapes.Shape, **flags: bool) -> Case:
+    rivals = [Contestant("two transposed convolutions", two_transposed_convolutions), Contestant("GEMMs", gemms_back)]
+    if not settings.quick:
+        rivals.append(Contestant("einsum", einsum_back))
+    if settings.compiles and not settings.random_shapes:
+        rivals += [Contestant(f"{rival.name}, compiled", compiled(rival.make)) for rival in rivals[1:]]
+    b, _, height, width = shape.size
+    pixels = b * height * width
+    blocks = b * (-(-height // 8) * -(-width // 8) + 2 * -(-height // 16) * -(-width // 16))
+    return Case(
+        family=FAMILY,
+        op="dct_to_rgb",
+        label=f"{shape} float32 4:2:0",
+        problem=functools.partial(Coefficients, shape.size),
+        reference=_rgb,
+        ours=Contestant("fourfold", to_rgb),
+        rivals=tuple(rivals),
+        tolerance=LEVELS,
+        state="heap",
+        bytes=4 * (3 * pixels + 64 * blocks),
+        flops=18 * pixels + blocks * 4 * 8**3,
+        handles=(pixels, "pixels"),
+        source=shape.source,
+        **flags,
+    )
+
+
+def _back(settings: Settings) -> Iterator[Case]:
+    if settings.random_shapes:
+        for shape in _random_images(settings):
+            yield _to_rgb(settings, shape, quick=True)
+        return
+    yield _to_rgb(settings, shapes.CLASSIFIER, quick=True, headline=True)
+    yield _to_rgb(settings, shapes.POWER_OF_TWO)
+
+
+# --- pixel operations on coefficients -------------------------------------------------------------------------------------
+
+
+class Blocks:
+    """Quantised luma blocks [B, h, w, 64]."""
+
+    def __init__(self, size: tuple[int, ...], device: torch.device) -> None:
+        spectrum = 300 / (1 + torch.arange(64) // 8 + torch.arange(64) % 8).float() ** 1.5
+        values = torch.randn(size, generator=torch.Generator().manual_seed(0)) * spectrum
+        self.coefs = values.round().to(device, torch.int16)
+        self.d = cosines(8).to(device, torch.float32)
+
+
+def inner(h: int, w: int) -> tuple[int, int, int, int]:
+    """The middle quarter of h x w blocks: (top, left, height, width)."""
+    return h // 4, w // 4, max(1, h // 2), max(1, w // 2)
+
+
+def _inner_pixels(image: Tensor) -> Tensor:
+    top, left, height, width = (8 * side for side in inner(image.shape[-2] // 8, image.shape[-1] // 8))
+    return image[..., top : top + height, left : left + width]
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One of fourfold's functions on coefficients.
+
+    arguments: of the function beside the coefficients of h x w blocks.
+    on_pixels: what it does to images [.., H, W].
+    traffic: bytes read and written for each coefficient that there is.
+    """
+
+    name: str
+    words: str
+    arguments: Callable[[int, int], tuple[object, ...]]
+    on_pixels: Callable[[Tensor], Tensor]
+    traffic: int = 4
+    to_floats: bool = False
+
+    def on_coefficients(self, p: Blocks, state: str) -> Call:
+        function, arguments = getattr(ff, self.name), self.arguments(*p.coefs.shape[1:3])
+        # A crop is a view: its result shall lie in memory, as everybody's.
+        return lambda: function(p.coefs, *arguments).contiguous()
+
+    def by_fourfold(self, p: Blocks, state: str) -> Call:
+        """To pixels and back by our own transforms."""
+
+        def call() -> Tensor:
+            image = ff.block_idct(p.coefs[:, None].float(), layout="blocks")
+            return self._rounded(ff.block_dct(self.on_pixels(image), layout="blocks")[:, 0])
+
+        return call
+
+    def by_einsum(self, p: Blocks, state: str) -> Call:
+        b, h, w, _ = p.coefs.shape
+
+        def call() -> Tensor:
+            cells = p.coefs.view(b, h, w, 8, 8).float()
+            image = torch.einsum("ui,bhwuv,vj->bhiwj", p.d, cells, p.d).reshape(b, 1, 8 * h, 8 * w)
+            z = self.on_pixels(image)[:, 0]
+            z = z.reshape(b, z.shape[1] // 8, 8, z.shape[2] // 8, 8)
+            return self._rounded(torch.einsum("ui,bhiwj,vj->bhwuv", p.d, z, p.d).flatten(3))
+
+        return call
+
+    def _rounded(self, coefs: Tensor) -> Tensor:
+        return coefs if self.to_floats else coefs.round().to(torch.int16)
+
+    def exact(self, coefs: Tensor) -> Tensor:
+        """By the reference, in float64."""
+        arguments = self.arguments(*coefs.shape[1:3])
+        return getattr(domain, self.name)(coefs.double() if self.to_floats else coefs, *arguments).double()
+
+
+OPERATIONS = (
+    Operation("dct_flip", "left to right", lambda h, w: (-2,), lambda image: image.flip(-1)),
+    Operation("dct_rot90", "by one quarter", lambda h, w: (1,), lambda image: torch.rot90(image, 1, (-2, -1))),
+    Operation("dct_crop", "to the inner quarter", lambda h, w: (inner(h, w),), _inner_pixels, traffic=1),
+    Operation("dct_downscale2", "to float32", lambda h, w: (), lambda image: F.avg_pool2d(image, 2), traffic=3, to_floats=True),
+)
+
+
+def _operation(settings: Settings, operation: Operation, shape: shapes.Shape, **flags: bool) -> Case:
+    rivals = [Contestant("IDCT and DCT by fourfold", operation.by_fourfold)]
+    rivals.append(Contestant("IDCT and DCT by einsum", operation.by_einsum))
+    if settings.compiles and not settings.random_shapes:
+        rivals.append(Contestant("IDCT and DCT by einsum, compiled", compiled(operation.by_einsum)))
+    return Case(
+        family=FAMILY,
+        op=operation.name,
+        label=f"{operation.words}, {shape} int16",
+        problem=functools.partial(Blocks, shape.size),
+        reference=lambda p: operation.exact(p.coefs),
+        ours=Contestant("fourfold", operation.on_coefficients),
+        rivals=tuple(rivals),
+        tolerance=LEVELS if operation.to_floats else EXACT,
+        state="heap",
+        bytes=operation.traffic * math.prod(shape.size),
+        source=shape.source,
+        **flags,
+    )
+
+
+def _operations(settings: Settings) -> Iterator[Case]:
+    if settings.random_shapes:
+        for image in shapes.random_images(settings.seed):
+            b, _, height, width = image.size
+            # Even grids: an odd one would be padded before it is halved.
+            shape = shapes.Shape((b, 2 * -(-height // 16), 2 * -(-width // 16), 64), image.source)
+            for operation in OPERATIONS:
+                yield _operation(settings, operation, shape, quick=True)
+        return
+    for operation in OPERATIONS:
+        yield _operation(settings, operation, shapes.JPEG_SMALL, quick=True, headline=True)
+        yield _operation(settings, operation, shapes.JPEG_LUMA)
+
+
+# --- call overhead --------------------------------------------------------------------------------------------------------
+
+
+def _overhead(
+    op: str,
+    label: str,
+    small: Callable[[torch.device], Tensor],
+    make: Callable[[Tensor, str], Call],
+    exact: Callable[[Tensor], Tensor | Pair],
+    goal: float | None = None,
+) -> Case:
+    return Case(
+        family=FAMILY,
+        op=op,
+        label=label,
+        problem=small,
+        reference=exact,
+        ours=Contestant("fourfold", make),
+        rivals=(),
+        tolerance=FLOAT32,
+        state="heap",
+        source="so small that only the call costs",
+        quick=True,
+        headline=True,
+        overhead=True,
+        overhead_goal=goal,
+    )
+
+
+def _one_image(device: torch.device) -> Tensor:
+    return torch.arange(192, dtype=torch.uint8, device=device).view(1, 3, 8, 8)
+
+
+def _one_block(device: torch.device) -> Tensor:
+    return torch.arange(64, dtype=torch.float32, device=device).view(1, 64, 1, 1)
+
+
+def _four_blocks(device: torch.device) -> Tensor:
+    return torch.arange(256, dtype=torch.int16, device=device).view(1, 2, 2, 64)
+
+
+def _overheads() -> Iterator[Case]:
+    def coefficients(rgb: Tensor) -> Pair:
+        return reference.rgb_to_dct(rgb, "4:2:0", "planar", None, None, torch.float64)
+
+    def image(y: Tensor) -> Tensor:
+        return reference.dct_to_rgb(y.double(), torch.cat([y, y], 1).double(), "4:2:0", None)
+
+    def make_image(y: Tensor, state: str) -> Call:
+        return functools.partial(ff.dct_to_rgb, y, torch.cat([y, y], 1))
+
+    def make_coefficients(rgb: Tensor, state: str) -> Call:
+        return functools.partial(ff.rgb_to_dct, rgb)
+
+    yield _overhead("rgb_to_dct", "uint8 1x3x8x8", _one_image, make_coefficients, coefficients, 10.0)
+    yield _overhead("dct_to_rgb", "float32 1x64x1x1", _one_block, make_image, image)
+    for operation in OPERATIONS:
+        function = functools.partial(_call_operation, operation)
+        yield _overhead(operation.name, "int16 1x2x2x64", _four_blocks, function, operation.exact)
+
+
+def _call_operation(operation: Operation, coefs: Tensor, state: str) -> Call:
+    return functools.partial(getattr(ff, operation.name), coefs, *operation.arguments(2, 2))
+
+
+# --- what the harness asks for --------------------------------------------------------------------------------------------
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    if not settings.random_shapes:
+        yield from _overheads()
+    yield from _forward(settings)
+    yield from _back(settings)
+    yield from _operations(settings)
+
+
+def test_speed(case: Case, threads: int, race: Callable[[Case, int], None]) -> None:
+    race(case, threads)

@@ -1,0 +1,5 @@
+"""The names and shapes of older libraries, for code that was written for them."""
+
+from . import jpeg2dct as jpeg2dct
+
+__all__ = ["jpeg2dct"]
