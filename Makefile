@@ -49,10 +49,13 @@ format:  ## let ruff and clang-format rewrite the files
 	@$(in_venv)ruff format
 	@$(c_files) | xargs $(in_venv)clang-format -i
 
-wheel:  ## a wheel in dist/, with the CUDA library where nvcc is found
+wheel: libjpeg = $(CURDIR)/build/libjpeg-static
+wheel:  ## a wheel in dist/, with a libjpeg-turbo of its own, and the CUDA library where nvcc is found
 	@$(setup) test
+	@bash .ci/libjpeg.sh $(libjpeg)
 	@$(in_venv)python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist \
-	  --config-settings=cmake.define.FOURFOLD_CUDA=$(or $(FOURFOLD_CUDA),AUTO) .
+	  --config-settings=cmake.define.FOURFOLD_CUDA=$(or $(FOURFOLD_CUDA),AUTO) \
+	  --config-settings=cmake.define.FOURFOLD_LIBJPEG=$(libjpeg) .
 	@ls dist/*.whl
 
 # In the current interpreter, without network: torch, pybind11, scikit-build-core, cmake, ninja and nvcc are there.

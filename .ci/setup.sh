@@ -157,7 +157,7 @@ install_fourfold() {
   say "building and installing fourfold[${wanted// /,}]"
   rm -f "$state/installed"
   pip install --no-build-isolation -c "$state/constraints" --config-settings="cmake.define.FOURFOLD_CUDA=$cuda" \
-    ".[${wanted// /,}]"
+    --config-settings=cmake.define.FOURFOLD_LIBJPEG= ".[${wanted// /,}]"
   # shellcheck disable=SC2086
   printf '%s\n' "$now" $wanted >"$state/installed"
 }

@@ -1,55 +1,130 @@
-"""dct_downscale2 against the ways to the same result in plain torch: through pixels, and as one prepared linear map.
+"""dct_flip, dct_rot90, dct_crop and dct_downscale2 against the way through pixels, and dct_downscale2 against one prepared map.
 
-dct_flip, dct_rot90 and dct_crop are a copy with signs, a copy with signs, and a view.
+On coefficients the first three are a copy with signs, the same with blocks transposed, and a view; halving is linear, four
+blocks to one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
 
+import fourfold as ff
 import torch
 import torch.nn.functional as F
-from fourfold.ops.blockdct_domain import dct_downscale2
 from fourfold.reference import blockdct_domain as reference
-from fourfold.reference.blockdct import dct_matrix
 from torch import Tensor
 
 from . import cases as shapes
+from .bench_blockdct import compiled, cosines
 from .harness import Call, Case, Contestant, Settings, Tolerance
 
-FAMILY = "blockdct_domain"
+FAMILY = "blockdct"
+EXACT = Tolerance(0.0, 0.0)
+FLOAT32 = Tolerance(2e-3, 1e-5)  # coefficients reach 1000
 
 
 class Blocks:
-    """float32 blocks [B, h, w, 64], and what a rival may prepare: the bases and the map of four blocks to one."""
+    """[B, h, w, 64] with the spectrum of photographs, and what a contestant may prepare: the bases, the map of four to one."""
 
-    def __init__(self, size: tuple[int, ...], device: torch.device) -> None:
-        self.coefs = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(device)
-        d = dct_matrix(8, torch.float64, torch.device("cpu"))
-        self.basis = torch.kron(d, d).to(device, torch.float32)  # [frequency, pixel]
+    def __init__(self, size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        rank = torch.arange(64) // 8 + torch.arange(64) % 8
+        values = torch.randn(size, generator=torch.Generator().manual_seed(0)) * (300 / (1 + rank.float()) ** 1.5)
+        self.coefs = values.round().to(device, dtype)
+        d = cosines(8)
         pairs = (d.repeat_interleave(2, 1) / 2).unflatten(1, (2, 8)) @ d.T  # [to, block, from]
         fours = torch.einsum("pau,qbv->abuvpq", pairs, pairs).reshape(256, 64)
-        self.fours = fours.to(device, torch.float32)
         filters = fours.view(2, 2, 64, 64).permute(3, 2, 0, 1)
+        self.d, self.basis, self.fours = (t.to(device, torch.float32) for t in (d, torch.kron(d, d), fours))
         self.filters = filters.to(device, torch.float32).contiguous(memory_format=torch.channels_last)
 
 
-def ours(p: Blocks, state: str) -> Call:
-    return functools.partial(dct_downscale2, p.coefs)
+def inner(h: int, w: int) -> tuple[int, int, int, int]:
+    """The middle quarter of h x w blocks: (top, left, height, width)."""
+    return h // 4, w // 4, max(1, h // 2), max(1, w // 2)
 
 
-def through_pixels(p: Blocks, state: str) -> Call:
-    """IDCT by one product, the mean, DCT by one product."""
-    b, h, w, _ = p.coefs.shape
+def inner_pixels(image: Tensor) -> Tensor:
+    top, left, height, width = (8 * side for side in inner(image.shape[-2] // 8, image.shape[-1] // 8))
+    return image[..., top : top + height, left : left + width]
 
-    def call() -> Tensor:
-        image = (p.coefs @ p.basis).view(b, h, w, 8, 8).transpose(2, 3).reshape(b, 1, 8 * h, 8 * w)
-        half = F.avg_pool2d(image, 2).view(b, h // 2, 8, w // 2, 8)
-        return half.transpose(2, 3).reshape(b, h // 2, w // 2, 64) @ p.basis.T
 
-    return call
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One of the functions.
+
+    arguments: beside the coefficients of h x w blocks.
+    on_pixels: what it does to images [.., H, W].
+    traffic: bytes read and written for each coefficient that there is.
+    dtype: of coefficients, in and out.
+    """
+
+    name: str
+    words: str
+    arguments: Callable[[int, int], tuple[object, ...]]
+    on_pixels: Callable[[Tensor], Tensor]
+    traffic: int
+    dtype: torch.dtype = torch.int16
+
+    def ours(self, coefs: Tensor) -> Call:
+        return functools.partial(getattr(ff, self.name), coefs, *self.arguments(*coefs.shape[1:3]))
+
+    def on_coefficients(self, p: Blocks, state: str) -> Call:
+        operate = self.ours(p.coefs)
+        return lambda: operate().contiguous()  # a crop is a view: its result shall lie in memory, as everybody's
+
+    def by_fourfold(self, p: Blocks, state: str) -> Call:
+        """To pixels and back by our own transforms."""
+
+        def call() -> Tensor:
+            image = ff.block_idct(p.coefs[:, None].float(), layout="blocks")
+            return self._finished(ff.block_dct(self.on_pixels(image), layout="blocks")[:, 0])
+
+        return call
+
+    def by_einsum(self, p: Blocks, state: str) -> Call:
+        b, h, w, _ = p.coefs.shape
+
+        def call() -> Tensor:
+            cells = p.coefs.view(b, h, w, 8, 8).float()
+            image = torch.einsum("ui,bhwuv,vj->bhiwj", p.d, cells, p.d).reshape(b, 8 * h, 8 * w)
+            z = self._cells(self.on_pixels(image))
+            return self._finished(torch.einsum("ui,bhiwj,vj->bhwuv", p.d, z, p.d).flatten(3))
+
+        return call
+
+    def by_products(self, p: Blocks, state: str) -> Call:
+        """IDCT and DCT of whole blocks by one product each."""
+        b, h, w, _ = p.coefs.shape
+
+        def call() -> Tensor:
+            image = (p.coefs.float() @ p.basis).view(b, h, w, 8, 8).transpose(2, 3).reshape(b, 8 * h, 8 * w)
+            return self._finished(self._cells(self.on_pixels(image)).transpose(2, 3).flatten(3) @ p.basis.T)
+
+        return call
+
+    def _cells(self, image: Tensor) -> Tensor:
+        b, height, width = image.shape
+        return image.reshape(b, height // 8, 8, width // 8, 8)
+
+    def _finished(self, coefs: Tensor) -> Tensor:
+        return coefs if self.dtype.is_floating_point else coefs.round().to(self.dtype)
+
+    def exact(self, coefs: Tensor) -> Tensor:
+        arguments = self.arguments(*coefs.shape[1:3])
+        wide = coefs.double() if self.dtype.is_floating_point else coefs
+        return getattr(reference, self.name)(wide, *arguments).double()
+
+
+HALVE = Operation("dct_downscale2", "to half", lambda h, w: (), lambda image: F.avg_pool2d(image, 2), 5, torch.float32)
+OPERATIONS = (
+    Operation("dct_flip", "left to right", lambda h, w: (-2,), lambda image: image.flip(-1), traffic=4),
+    Operation("dct_rot90", "by one quarter", lambda h, w: (1,), lambda image: torch.rot90(image, 1, (-2, -1)), traffic=4),
+    Operation("dct_crop", "to the inner quarter", lambda h, w: (inner(h, w),), inner_pixels, traffic=1),
+    HALVE,
+)
 
 
 def one_product(p: Blocks, state: str) -> Call:
@@ -63,72 +138,66 @@ def one_convolution(p: Blocks, state: str) -> Call:
     return lambda: F.conv2d(p.coefs.permute(0, 3, 1, 2), p.filters, stride=2).permute(0, 2, 3, 1)
 
 
-def compiled(make: Callable[[Blocks, str], Call]) -> Callable[[Blocks, str], Call]:
-    def make_compiled(p: Blocks, state: str) -> Call:
-        torch._dynamo.reset()  # inductor bakes the thread count in
-        return torch.compile(make(p, state), dynamic=False)
-
-    return make_compiled
-
-
-def exact(p: Blocks) -> Tensor:
-    return reference.dct_downscale2(p.coefs.double())
-
-
-def downscale(settings: Settings, shape: shapes.Shape, **flags: bool) -> Case:
+def _case(settings: Settings, operation: Operation, shape: shapes.Shape, **flags: bool) -> Case:
     rivals = [
-        Contestant("through pixels", through_pixels),
-        Contestant("one product, map prepared", one_product),
-        Contestant("one convolution, map prepared", one_convolution),
+        Contestant("through pixels by fourfold", operation.by_fourfold),
+        Contestant("through pixels by GEMMs", operation.by_products),
+        Contestant("through pixels by einsum", operation.by_einsum),
     ]
-    if settings.compiles:
-        rivals.append(Contestant("through pixels, compiled", compiled(through_pixels)))
+    if operation is HALVE:
+        rivals += [Contestant("one prepared GEMM", one_product), Contestant("one prepared convolution", one_convolution)]
+    if settings.compiles and not settings.random_shapes:
+        rivals += [Contestant(f"{rival.name}, compiled", compiled(rival.make)) for rival in rivals[1:3]]
     count = math.prod(shape.size)
+    floating = operation.dtype.is_floating_point
     return Case(
         family=FAMILY,
-        op="dct_downscale2",
-        label=f"{shape} float32",
-        problem=lambda device: Blocks(shape.size, device),
-        reference=exact,
-        ours=Contestant("fourfold", ours),
+        op=operation.name,
+        label=f"{operation.words}, {shape} {str(operation.dtype).removeprefix('torch.')}",
+        problem=functools.partial(Blocks, shape.size, operation.dtype),
+        reference=lambda p: operation.exact(p.coefs),
+        ours=Contestant("fourfold", operation.on_coefficients),
         rivals=tuple(rivals),
-        tolerance=Tolerance(2e-5, 1e-5),
+        tolerance=FLOAT32 if floating else EXACT,
         state="heap",
-        bytes=count * 5,  # a quarter is written
-        flops=count * 2 * 64,
+        bytes=operation.traffic * count,
+        flops=2 * 64 * count if floating else 0,  # of the prepared map
         source=shape.source,
         **flags,
     )
 
 
-def overhead() -> Case:
+def _overhead(operation: Operation) -> Case:
+    """Four blocks; of a crop the view alone."""
     return Case(
         family=FAMILY,
-        op="dct_downscale2",
-        label="float32 1x2x2x64",
-        problem=lambda device: torch.randn(1, 2, 2, 64, generator=torch.Generator().manual_seed(0)).to(device),
-        reference=lambda coefs: reference.dct_downscale2(coefs.double()),
-        ours=Contestant("fourfold", lambda coefs, state: functools.partial(dct_downscale2, coefs)),
+        op=operation.name,
+        label=f"{str(operation.dtype).removeprefix('torch.')} 1x2x2x64",
+        problem=lambda device: torch.arange(256, dtype=operation.dtype, device=device).view(1, 2, 2, 64),
+        reference=operation.exact,
+        ours=Contestant("fourfold", lambda coefs, state: operation.ours(coefs)),
         rivals=(),
-        tolerance=Tolerance(2e-5, 1e-5),
+        tolerance=FLOAT32,
         state="heap",
         source="four blocks: only the call costs",
         quick=True,
+        headline=True,
         overhead=True,
     )
 
 
 def cases(settings: Settings) -> Iterator[Case]:
-    if settings.random_shapes:
-        for image in shapes.random_images(settings.seed):
-            b, _, height, width = image.size
-            # Even grids: the rivals know no others.
-            shape = shapes.Shape((b, 2 * -(-height // 16), 2 * -(-width // 16), 64), image.source)
-            yield downscale(settings, shape, quick=True)
-        return
-    yield overhead()
-    yield downscale(settings, shapes.JPEG_SMALL, quick=True)
-    yield downscale(settings, shapes.JPEG_LUMA)
+    for operation in OPERATIONS:
+        if settings.random_shapes:
+            for image in shapes.random_images(settings.seed):
+                b, _, height, width = image.size
+                # Even grids: the rivals know no others.
+                shape = shapes.Shape((b, 2 * -(-height // 16), 2 * -(-width // 16), 64), image.source)
+                yield _case(settings, operation, shape, quick=True)
+            continue
+        yield _overhead(operation)
+        yield _case(settings, operation, shapes.JPEG_SMALL, quick=True, headline=True)
+        yield _case(settings, operation, shapes.JPEG_LUMA)
 
 
 def test_speed(case: Case, threads: int, race: Callable[[Case, int], None]) -> None:

@@ -1,4 +1,4 @@
-"""rgb_to_dct and dct_to_rgb against plain torch; what dct_flip and its like do to coefficients against the way through pixels.
+"""rgb_to_dct and dct_to_rgb against the plain-torch ways to the same result.
 
 Colour, box filter and transform of rgb_to_dct are linear, so its strongest eager rival is two convolutions with everything
 folded into their filters, made beforehand; what it needs on each call is the images in floating point.
@@ -6,15 +6,12 @@ folded into their filters, made beforehand; what it needs on each call is the im
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator
 
 import fourfold as ff
 import torch
 import torch.nn.functional as F
-from fourfold.reference import blockdct_domain as domain
 from fourfold.reference import blockdct_rgb as reference
 from torch import Tensor
 
@@ -28,7 +25,6 @@ FLOAT32 = Tolerance(4e-3, 1e-5)
 BFLOAT16 = Tolerance(4e-3, 2**-8)
 BFLOAT16_FILTERS = Tolerance(8.0, 2**-6)  # luma's mean before its level shift is up to 2040, and its filter is rounded
 LEVELS = Tolerance(2e-3, 1e-5)  # of pixels, 0..255
-EXACT = Tolerance(0.0, 0.0)
 
 Pair = tuple[Tensor, Tensor]
 
@@ -344,123 +340,6 @@ def _back(settings: Settings) -> Iterator[Case]:
     yield _to_rgb(settings, shapes.POWER_OF_TWO)
 
 
-# --- pixel operations on coefficients -------------------------------------------------------------------------------------
-
-
-class Blocks:
-    """Quantised luma blocks [B, h, w, 64]."""
-
-    def __init__(self, size: tuple[int, ...], device: torch.device) -> None:
-        spectrum = 300 / (1 + torch.arange(64) // 8 + torch.arange(64) % 8).float() ** 1.5
-        values = torch.randn(size, generator=torch.Generator().manual_seed(0)) * spectrum
-        self.coefs = values.round().to(device, torch.int16)
-        self.d = cosines(8).to(device, torch.float32)
-
-
-def inner(h: int, w: int) -> tuple[int, int, int, int]:
-    """The middle quarter of h x w blocks: (top, left, height, width)."""
-    return h // 4, w // 4, max(1, h // 2), max(1, w // 2)
-
-
-def _inner_pixels(image: Tensor) -> Tensor:
-    top, left, height, width = (8 * side for side in inner(image.shape[-2] // 8, image.shape[-1] // 8))
-    return image[..., top : top + height, left : left + width]
-
-
-@dataclasses.dataclass(frozen=True)
-class Operation:
-    """One of fourfold's functions on coefficients.
-
-    arguments: of the function beside the coefficients of h x w blocks.
-    on_pixels: what it does to images [.., H, W].
-    traffic: bytes read and written for each coefficient that there is.
-    """
-
-    name: str
-    words: str
-    arguments: Callable[[int, int], tuple[object, ...]]
-    on_pixels: Callable[[Tensor], Tensor]
-    traffic: int = 4
-    to_floats: bool = False
-
-    def on_coefficients(self, p: Blocks, state: str) -> Call:
-        function, arguments = getattr(ff, self.name), self.arguments(*p.coefs.shape[1:3])
-        # A crop is a view: its result shall lie in memory, as everybody's.
-        return lambda: function(p.coefs, *arguments).contiguous()
-
-    def by_fourfold(self, p: Blocks, state: str) -> Call:
-        """To pixels and back by our own transforms."""
-
-        def call() -> Tensor:
-            image = ff.block_idct(p.coefs[:, None].float(), layout="blocks")
-            return self._rounded(ff.block_dct(self.on_pixels(image), layout="blocks")[:, 0])
-
-        return call
-
-    def by_einsum(self, p: Blocks, state: str) -> Call:
-        b, h, w, _ = p.coefs.shape
-
-        def call() -> Tensor:
-            cells = p.coefs.view(b, h, w, 8, 8).float()
-            image = torch.einsum("ui,bhwuv,vj->bhiwj", p.d, cells, p.d).reshape(b, 1, 8 * h, 8 * w)
-            z = self.on_pixels(image)[:, 0]
-            z = z.reshape(b, z.shape[1] // 8, 8, z.shape[2] // 8, 8)
-            return self._rounded(torch.einsum("ui,bhiwj,vj->bhwuv", p.d, z, p.d).flatten(3))
-
-        return call
-
-    def _rounded(self, coefs: Tensor) -> Tensor:
-        return coefs if self.to_floats else coefs.round().to(torch.int16)
-
-    def exact(self, coefs: Tensor) -> Tensor:
-        """By the reference, in float64."""
-        arguments = self.arguments(*coefs.shape[1:3])
-        return getattr(domain, self.name)(coefs.double() if self.to_floats else coefs, *arguments).double()
-
-
-OPERATIONS = (
-    Operation("dct_flip", "left to right", lambda h, w: (-2,), lambda image: image.flip(-1)),
-    Operation("dct_rot90", "by one quarter", lambda h, w: (1,), lambda image: torch.rot90(image, 1, (-2, -1))),
-    Operation("dct_crop", "to the inner quarter", lambda h, w: (inner(h, w),), _inner_pixels, traffic=1),
-    Operation("dct_downscale2", "to float32", lambda h, w: (), lambda image: F.avg_pool2d(image, 2), traffic=3, to_floats=True),
-)
-
-
-def _operation(settings: Settings, operation: Operation, shape: shapes.Shape, **flags: bool) -> Case:
-    rivals = [Contestant("IDCT and DCT by fourfold", operation.by_fourfold)]
-    rivals.append(Contestant("IDCT and DCT by einsum", operation.by_einsum))
-    if settings.compiles and not settings.random_shapes:
-        rivals.append(Contestant("IDCT and DCT by einsum, compiled", compiled(operation.by_einsum)))
-    return Case(
-        family=FAMILY,
-        op=operation.name,
-        label=f"{operation.words}, {shape} int16",
-        problem=functools.partial(Blocks, shape.size),
-        reference=lambda p: operation.exact(p.coefs),
-        ours=Contestant("fourfold", operation.on_coefficients),
-        rivals=tuple(rivals),
-        tolerance=LEVELS if operation.to_floats else EXACT,
-        state="heap",
-        bytes=operation.traffic * math.prod(shape.size),
-        source=shape.source,
-        **flags,
-    )
-
-
-def _operations(settings: Settings) -> Iterator[Case]:
-    if settings.random_shapes:
-        for image in shapes.random_images(settings.seed):
-            b, _, height, width = image.size
-            # Even grids: an odd one would be padded before it is halved.
-            shape = shapes.Shape((b, 2 * -(-height // 16), 2 * -(-width // 16), 64), image.source)
-            for operation in OPERATIONS:
-                yield _operation(settings, operation, shape, quick=True)
-        return
-    for operation in OPERATIONS:
-        yield _operation(settings, operation, shapes.JPEG_SMALL, quick=True, headline=True)
-        yield _operation(settings, operation, shapes.JPEG_LUMA)
-
-
 # --- call overhead --------------------------------------------------------------------------------------------------------
 
 
@@ -498,10 +377,6 @@ def _one_block(device: torch.device) -> Tensor:
     return torch.arange(64, dtype=torch.float32, device=device).view(1, 64, 1, 1)
 
 
-def _four_blocks(device: torch.device) -> Tensor:
-    return torch.arange(256, dtype=torch.int16, device=device).view(1, 2, 2, 64)
-
-
 def _overheads() -> Iterator[Case]:
     def coefficients(rgb: Tensor) -> Pair:
         return reference.rgb_to_dct(rgb, "4:2:0", "planar", None, None, torch.float64)
@@ -517,13 +392,6 @@ def _overheads() -> Iterator[Case]:
 
     yield _overhead("rgb_to_dct", "uint8 1x3x8x8", _one_image, make_coefficients, coefficients, 10.0)
     yield _overhead("dct_to_rgb", "float32 1x64x1x1", _one_block, make_image, image)
-    for operation in OPERATIONS:
-        function = functools.partial(_call_operation, operation)
-        yield _overhead(operation.name, "int16 1x2x2x64", _four_blocks, function, operation.exact)
-
-
-def _call_operation(operation: Operation, coefs: Tensor, state: str) -> Call:
-    return functools.partial(getattr(ff, operation.name), coefs, *operation.arguments(2, 2))
 
 
 # --- what the harness asks for --------------------------------------------------------------------------------------------
@@ -534,7 +402,6 @@ def cases(settings: Settings) -> Iterator[Case]:
         yield from _overheads()
     yield from _forward(settings)
     yield from _back(settings)
-    yield from _operations(settings)
 
 
 def test_speed(case: Case, threads: int, race: Callable[[Case, int], None]) -> None:

@@ -402,11 +402,23 @@ def load_jpeg2dct(p: Pipeline, state: str) -> Call:
     return call
 
 
-def _normalised(p: Pipeline, decode: Callable[[], Tensor], channels_last: bool) -> Call:
-    """uint8 [B, H, W, 3] to float [B, 3, H, W], image by image: each step finds the last one in the cache."""
+BY_BATCH, BY_IMAGE, CHANNELS_LAST = "whole batch", "image by image", "image by image, channels_last"
+
+
+def _normalised(p: Pipeline, decode: Callable[[], Tensor], how: str) -> Call:
+    """uint8 [B, H, W, 3] to float [B, 3, H, W] as the chain is mostly written, or in an image's size of memory, in place."""
     b, height, width, _ = p.shape
-    gain, offset = p.gain.view(3, 1, 1), p.offset.view(3, 1, 1)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    if how == BY_BATCH:
+        mean, std = (torch.tensor(t).view(3, 1, 1) for t in (MEAN, STD))
+
+        def chain() -> Tensor:
+            return ((decode().permute(0, 3, 1, 2).float() / 255 - mean) / std).contiguous()
+
+        return chain
+    memory_format = torch.channels_last if how == CHANNELS_LAST else torch.contiguous_format
+    # In full: a factor per channel, where channels are innermost, is no vector arithmetic to torch.
+    gain, offset = (t.expand(1, height, width, 3).permute(0, 3, 1, 2) for t in (p.gain, p.offset))
+    gain, offset = (t.contiguous(memory_format=memory_format)[0] for t in (gain, offset))
 
     def call() -> Tensor:
         batch = decode().permute(0, 3, 1, 2)
@@ -418,36 +430,32 @@ def _normalised(p: Pipeline, decode: Callable[[], Tensor], channels_last: bool) 
     return call
 
 
-def load_pillow(p: Pipeline, state: str, channels_last: bool = False) -> Call:
+def load_pillow(how: str, p: Pipeline, state: str) -> Call:
     image = needed("PIL.Image", "pillow")
     decode = over_threads(lambda part: [numpy.asarray(image.open(io.BytesIO(file))) for file in part], p.files)
-    return _normalised(p, lambda: torch.from_numpy(numpy.stack(decode())), channels_last)
+    return _normalised(p, lambda: torch.from_numpy(numpy.stack(decode())), how)
 
 
-def load_simplejpeg(p: Pipeline, state: str, channels_last: bool = False) -> Call:
+def load_simplejpeg(how: str, p: Pipeline, state: str) -> Call:
     """Decoded into the batch's own memory."""
     decode = needed("simplejpeg", "simplejpeg").decode_jpeg
-    numbers = range(len(p.files))
-
-    def decoded_batch() -> Tensor:
-        batch = torch.empty(p.shape, dtype=torch.uint8)
-        rows = batch.numpy()
-        run(rows)
-        return batch
-
-    def into(rows: Any, part: Sequence[int]) -> list[Any]:
-        for i in part:
-            decode(p.files[i], buffer=rows[i])
-        return []
-
     count = torch.get_num_threads()
-    if count == 1:
-        run: Callable[[Any], Any] = lambda rows: into(rows, numbers)  # noqa: E731
-    else:
-        pool = ThreadPoolExecutor(count)
-        parts = [numbers[i::count] for i in range(count)]
-        run = lambda rows: list(pool.map(functools.partial(into, rows), parts))  # noqa: E731
-    return _normalised(p, decoded_batch, channels_last)
+    parts = [range(len(p.files))[i::count] for i in range(count)]
+    pool = ThreadPoolExecutor(count) if count > 1 else None
+
+    def batch() -> Tensor:
+        levels = torch.empty(p.shape, dtype=torch.uint8)
+        rows = levels.numpy()
+
+        def into_rows(part: Sequence[int]) -> None:
+            for i in part:
+                decode(p.files[i], buffer=rows[i])
+
+        for _ in pool.map(into_rows, parts) if pool else map(into_rows, parts):
+            pass
+        return levels
+
+    return _normalised(p, batch, how)
 
 
 def coefficient_batch(p: Pipeline) -> tuple[Tensor, Tensor]:
@@ -470,7 +478,12 @@ def _pipelines(settings: Settings) -> Iterator[Case]:
     if settings.random_shapes:
         return
     photos = next(p for p in shapes.PHOTOS if p.width == 224)._replace(count=shapes.BATCH)
-    in_order = functools.partial(load_simplejpeg, channels_last=True)
+    by_pixels = [
+        Contestant(f"{name} to RGB, {how}", functools.partial(load, how), NORMALISED_LEVELS, pixel_batch)
+        for name, load in (("simplejpeg", load_simplejpeg), ("Pillow", load_pillow))
+        for how in (CHANNELS_LAST, BY_IMAGE, BY_BATCH)
+        if how != CHANNELS_LAST or not settings.quick
+    ]
     yield Case(
         family=FAMILY,
         op="jpeg.DctDataset",
@@ -478,12 +491,7 @@ def _pipelines(settings: Settings) -> Iterator[Case]:
         problem=functools.partial(Pipeline, photos),
         reference=coefficient_batch,
         ours=Contestant("fourfold", load_ours),
-        rivals=(
-            Contestant("jpeg2dct", load_jpeg2dct),
-            Contestant("simplejpeg, RGB", load_simplejpeg, NORMALISED_LEVELS, pixel_batch),
-            Contestant("simplejpeg, RGB channels_last", in_order, NORMALISED_LEVELS, pixel_batch),
-            Contestant("Pillow, RGB", load_pillow, NORMALISED_LEVELS, pixel_batch),
-        ),
+        rivals=(Contestant("jpeg2dct", load_jpeg2dct), *by_pixels),
         tolerance=NORMALISED,
         state="heap",
         handles=(photos.count, "images"),
@@ -498,8 +506,8 @@ def _pipelines(settings: Settings) -> Iterator[Case]:
 VARIANT = "late_concat_rfa_thinner"
 GMAC = 3.98  # of the variant, an image of 224 x 224
 MODES = ("eager", "batch norms folded", "compiled")
-#: Of scores, by the network's dtype: 50 layers of sums, and in bfloat16 of roundings.
-SCORES = {torch.float32: Tolerance(1e-2, 0.0, of_rms=True), torch.bfloat16: Tolerance(0.25, 0.0, of_rms=True)}
+# Of scores. In bfloat16 the roundings of 50 layers add up to a tenth of them, and the worst of 8000 is off by four times that.
+SCORES = {torch.float32: Tolerance(1e-3, 0.0, of_rms=True), torch.bfloat16: Tolerance(0.5, 0.0, of_rms=True)}
 
 
 class Networks(Pipeline):
@@ -583,12 +591,12 @@ def score_ours(p: Networks, state: str) -> Call:
 
 
 def score_simplejpeg(p: Networks, state: str) -> Call:
-    load = load_simplejpeg(p, state, channels_last=True)
+    load = load_simplejpeg(CHANNELS_LAST, p, state)
     return p.run(p.on_pixels, lambda: p.laid(load()))
 
 
 def score_pillow(p: Networks, state: str) -> Call:
-    load = load_pillow(p, state, channels_last=True)
+    load = load_pillow(CHANNELS_LAST, p, state)
     return p.run(p.on_pixels, lambda: p.laid(load()))
 
 
@@ -604,7 +612,7 @@ def score_ready_pixels(p: Networks, state: str) -> Call:
 
 def decoded(p: Pipeline) -> Tensor:
     """Normalised pixels as Pillow gives them: the level more or less that pixel_batch allows would show in the scores."""
-    return load_pillow(p, "heap")().double()
+    return load_pillow(CHANNELS_LAST, p, "heap")().double()
 
 
 def _scores(p: Networks, network: nn.Module, *batch: Tensor) -> Tensor:

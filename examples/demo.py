@@ -132,7 +132,7 @@ def blockdct(photos: Tensor, panel: Any) -> list[Row]:
     print(
         f"  JPEG's luminance table makes {zeros:.0%} of the int16 coefficients zero; the rest decodes to {psnr(decoded, luma)}"
     )
-    return time_transforms(photos) + time_normalize(quantised, table)
+    return time_transforms(photos) + time_colours(photos) + time_normalize(quantised, table)
 
 
 def few(photos: Tensor, count: int) -> Tensor:
@@ -189,6 +189,29 @@ def time_transforms(photos: Tensor) -> list[Row]:
             {"conv_transpose2d": conv_transpose2d, "permute + two-pass GEMM": two_pass_inverse},
         ),
     ]
+
+
+def time_colours(photos: Tensor) -> list[Row]:
+    """rgb_to_dct of the photos' bytes, in whole MCUs, beside colours, chroma's averages and transform as two convolutions."""
+    height, width = (length // 16 * 16 for length in photos.shape[2:])
+    rgb = photos[:, :, :height, :width].to(torch.uint8).contiguous()
+    d = dct_matrix(8, torch.float64, rgb.device)
+    basis = torch.einsum("ui,vj->uvij", d, d).reshape(64, 8, 8)
+    cells = basis.repeat_interleave(2, 1).repeat_interleave(2, 2) / 4
+    y, cb, cr = torch.tensor([[0.299, 0.587, 0.114], [0, 0, 1], [1, 0, 0]], dtype=torch.float64)
+    colours = torch.stack([(cb - y) / 1.772, (cr - y) / 1.402])
+    luma = torch.einsum("fij,c->fcij", basis, y).float()
+    chroma = torch.einsum("fij,kc->kfcij", cells, colours).flatten(0, 1).float()
+    shift = torch.zeros(64).index_fill(0, torch.tensor(0), -128.0 * 8)
+
+    def together(y: Tensor, cbcr: Tensor) -> Tensor:
+        return torch.cat([y.flatten(), cbcr.flatten()])
+
+    def convolutions() -> Tensor:
+        x = rgb.float()
+        return together(F.conv2d(x, luma, shift, stride=8), F.conv2d(x, chroma, stride=16))
+
+    return compare("rgb_to_dct", rgb, lambda: together(*ff.rgb_to_dct(rgb)), {"two convolutions": convolutions})
 
 
 def time_normalize(coefs: Tensor, table: Tensor) -> list[Row]:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+import io
 import json
 import math
 import subprocess
@@ -13,8 +14,8 @@ import fourfold
 import pytest
 import torch
 from fourfold.benchmarks import __main__ as program
-from fourfold.benchmarks import cases, every_case, harness, report
-from fourfold.benchmarks.harness import Case, Contestant, Group, Session, Settings, Tolerance
+from fourfold.benchmarks import bench_files, bench_jpeg, cases, every_case, harness, report
+from fourfold.benchmarks.harness import Absent, Case, Contestant, Group, Session, Settings, Tolerance
 from fourfold.benchmarks.options import add_options, to_arguments, to_settings
 
 pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark; run: pip install pytest-benchmark")
@@ -235,6 +236,97 @@ def test_an_overhead_is_over_the_yardstick_where_there_is_one(session):
     assert set(result["wrong"]) == {"tripling"} and "ms" not in result
 
 
+def test_what_is_no_tensor_is_turned_into_tensors_outside_the_clock(session):
+    seen = []
+
+    def unpacked(text):
+        seen.append(text)
+        return torch.tensor([float(word) for word in text.split()])
+
+    given = {"problem": lambda device: "2 4", "reference": lambda text: torch.tensor([2.0, 4.0], dtype=torch.float64)}
+    ours = Contestant("fourfold", lambda text, state: lambda: text, tensors=unpacked)
+    wrong = Contestant("wrong", lambda text, state: lambda: "2 5", tensors=unpacked)
+    result = session.run(dataclasses.replace(toy(**given), ours=ours, rivals=(wrong,)), threads=1)
+    assert set(result["wrong"]) == {"wrong"} and result["rounds"] >= 3 and seen == ["2 4", "2 5"]
+
+
+def absent(name: str) -> Contestant:
+    def make(x, state):
+        raise Absent("not installed (pip install it)")
+
+    return Contestant(name, make)
+
+
+def test_who_is_absent_is_named_and_the_others_race(session):
+    case = dataclasses.replace(toy(), rivals=(absent("gone"), doubled("sound")))
+    result = session.run(case, threads=1)
+    assert result["absent"] == {"gone": "not installed (pip install it)"} and result["wrong"] == {}
+    assert set(result["ratio"]) == {"sound"} and "gone" not in result["errors"]
+    document = session.document()
+    assert "Absent: gone: not installed (pip install it)." in report.docs_page({"run.json": document})
+    assert "Absent: gone: not installed" in report.render_html(document)
+
+
+def unreadable(device: torch.device) -> torch.Tensor:
+    raise Absent("needs a file")
+
+
+@pytest.mark.parametrize("changes", [{"problem": unreadable}, {"ours": absent("fourfold")}])
+def test_there_is_no_race_where_ours_is_absent(session, changes):
+    result = session.run(dataclasses.replace(toy(headline=True), **changes), threads=1)
+    why = result["absent"]["fourfold"]
+    assert "ms" not in result and result["wrong"] == {}
+    assert report.line(result) == f"double 100 [heap] 1 thread: left out, {why}"
+    document = session.document()
+    assert why in report.docs_page({"run.json": document}) and why in report.render_html(document)
+    assert "| `double` | 100 [heap] | – | – |" in report.readme_table([document])
+
+
+def test_an_absence_is_told_once(session, capsys):
+    progress = report.Progress(session)
+    for _ in range(2):
+        progress.run(dataclasses.replace(toy(), rivals=(absent("gone"), doubled("sound"))), 1)
+    progress.close()
+    assert capsys.readouterr().out.count("absent from here on: gone: not installed (pip install it)") == 1
+
+
+def test_no_copy_runs_beside_what_memory_does_not_hold_up(session):
+    result = session.run(toy(bytes=0, flops=0, handles=(50, "images"), headline=True), threads=1)
+    assert set(result["ms"]) == {"fourfold", "sound", "rival"} and not {"copy_share", "gemm_share"} & set(result)
+    rate, ms = result["rate"], result["ms"]["fourfold"]
+    assert rate["of"] == "images" and rate["per_second"]["max"] == pytest.approx(50e3 / ms["min"])
+    assert " images/s, " in report.line(result) and "copy_" not in report.line(result)
+    page = report.docs_page({"run.json": session.document()})
+    assert "| rate |" in page and "share of copy_" not in page.split("### double")[1].split("\n\n")[1]
+    [header, _, row] = [line for line in report.readme_table([session.document()]).splitlines() if line.startswith("|")]
+    assert header == "| function | input | rate, 1 thread | × rivals, 1 thread |"
+    assert row.startswith("| `double` | 100 [heap] | ") and " sound" in row and " rival" in row
+
+
+@pytest.mark.parametrize(
+    ("per_second", "words"),
+    [(1.234e9, "1234 M pixels/s"), (5.6e6, "6 M pixels/s"), (65432.1, "65432 pixels/s"), (12.345, "12.3 pixels/s")],
+)
+def test_rates_are_readable(per_second, words):
+    assert report._rate({"rate": {"of": "pixels", "per_second": {"median": per_second}}}) == words
+
+
+def test_one_thread_count_where_threads_are_of_no_use():
+    settings = Settings(threads=(2, 3))
+    assert settings.threads_of(toy()) == (2, 3)
+    assert settings.threads_of(toy(threaded=False)) == settings.threads_of(toy(overhead=True)) == (2,)
+
+
+def test_the_chart_shows_what_tells_most(session):
+    both = session.run(toy(handles=(50, "images")), threads=1)
+    rate_only = session.run(toy(bytes=0, handles=(50, "images")), threads=1)
+    neither = session.run(toy(bytes=0), threads=1)
+    assert report._left_bars([both])[0] == "share of copy_"
+    assert report._left_bars([both, rate_only])[0] == "images/s"
+    title, spreads = report._left_bars([both, neither])
+    assert title == "ms" and spreads == [both["ms"]["fourfold"], neither["ms"]["fourfold"]]
+
+
 @pytest.mark.parametrize(("changes", "code"), [({}, 0), ({"rival": 3.0}, 1), ({"ours": 3.0}, 1)])
 def test_a_wrong_answer_fails_the_run(monkeypatch, tmp_path, capsys, changes, code):
     case = toy(**changes)
@@ -442,7 +534,7 @@ def test_list(capsys):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--family", "nope"], "--family: must be one of blockdct, coordconv"),
+        (["--family", "nope"], "--family: must be one of blockdct, blockdct_domain, blockdct_rgb, coordconv, jpeg, got 'nope'"),
         (["--op", "nope"], "no case fits"),
         (["--threads", "0"], "must be thread counts like 1 or 1,2, got '0'"),
         (["--threads", "1,two"], "must be thread counts like 1 or 1,2, got '1,two'"),
@@ -466,8 +558,27 @@ def test_random_shapes_lie_in_the_stated_range_and_follow_the_seed():
     for seed in range(50):
         for (b, c, height, width), _ in cases.random_images(seed):
             assert b % 2 == 1 and 1 <= b <= 15 and 1 <= c <= 4 and 97 <= height <= 640 and 97 <= width <= 640
-    drawn = [case.label for case in every_case(Settings(random_shapes=True, seed=5, family="blockdct"))]
-    assert drawn and all(any(str(shape) in label for shape in cases.random_images(5)) or "int16" in label for label in drawn)
+    sizes = [image.size for image in cases.random_images(5)]
+    blocks = [(b, -(-height // 8), -(-width // 8)) for b, _, height, width in sizes]
+    pairs_of_blocks = [(b, 2 * -(-height // 16), 2 * -(-width // 16)) for b, _, height, width in sizes]
+    allowed = {
+        "bench_blockdct": [*sizes, *((*grid, 64) for grid in blocks)],
+        "bench_blockdct_rgb": [(b, 3, height, width) for b, _, height, width in sizes],
+        "bench_blockdct_domain": [(*grid, 64) for grid in pairs_of_blocks],
+    }
+    for path in bench_files("blockdct"):
+        family = path.stem.removeprefix("bench_")
+        drawn = {case.label for case in every_case(Settings(random_shapes=True, seed=5, family=family)) if case.rivals}
+        words = ["x".join(map(str, size)) for name, of in allowed.items() if name.startswith(path.stem) for size in of]
+        assert drawn and all(any(f"{word} " in f"{label} " for word in words) for label in drawn), path.stem
+    photos = {case.label for case in every_case(Settings(random_shapes=True, seed=5, family="jpeg"))}
+    assert photos and all(any(f" {width}x{height}," in label for *_, height, width in sizes) for label in photos)
+
+
+def test_a_family_has_all_its_files():
+    assert [path.stem for path in bench_files("blockdct")] == ["bench_blockdct", "bench_blockdct_domain", "bench_blockdct_rgb"]
+    assert [path.stem for path in bench_files("blockdct_rgb")] == ["bench_blockdct_rgb"]
+    assert len(bench_files()) == len({*Path(harness.__file__).parent.glob("bench_*.py")})
 
 
 def test_random_layers_lie_in_the_stated_range_and_follow_the_seed():
@@ -507,12 +618,16 @@ def _functions() -> set[str]:
     return ops - {"zigzag"}  # a list of constants
 
 
+# What takes time and is no function over tensors.
+OTHERS = {"jpeg.read", "jpeg.read_batch", "jpeg.DctDataset", "models.dct_resnet50"}
+
+
 def test_every_function_is_raced_and_its_overhead_stated():
     functions, leaves = _functions(), _leaf_ops()
     assert "block_dct" in leaves < functions and "coord_conv2d" in functions
     for settings in (Settings(), Settings(quick=True)):
         chosen = every_case(settings)
-        assert {case.op for case in chosen if case.rivals and not case.overhead} == functions
+        assert {case.op for case in chosen if case.rivals and not case.overhead} == functions | OTHERS
         assert {case.op for case in chosen if case.overhead} == functions
         assert {case.op for case in chosen if case.overhead and case.overhead_goal} == leaves
         names = [case.name for case in chosen]
@@ -533,3 +648,91 @@ def test_coord_conv_races_the_nine_layers_in_every_mode_against_both_concatenati
     assert set(groups) == {name for name in wanted if compiles or not name.startswith("compiled")}
     labels = {str(layer) for layer in cases.LAYERS}
     assert len(labels) == 9 and all(found == labels for found in groups.values())
+
+
+# --- files and networks ---------------------------------------------------------------------------------------------------
+
+needs_jpeg = pytest.mark.skipif(not fourfold.has_jpeg(), reason="built without libjpeg-turbo")
+SMALL = cases.Photos(75, 101, 90, count=3)
+
+
+def test_photographs_are_crops_of_one_size_and_quality():
+    image = pytest.importorskip("PIL.Image", reason="needs pillow; run: pip install pillow")
+    pytest.importorskip("sklearn", reason="needs scikit-learn; run: pip install scikit-learn")
+    for photos in (SMALL, SMALL._replace(sampling="4:4:4", quality=75), SMALL._replace(progressive=True)):
+        made = bench_jpeg.files(photos)
+        assert len(set(made)) == photos.count
+        for file in made:
+            opened = image.open(io.BytesIO(file))
+            assert opened.size == (101, 75) and bool(opened.info.get("progressive")) == photos.progressive
+            sampling = ((2, 2), (1, 1)) if photos.sampling == "4:2:0" else ((1, 1), (1, 1))
+            assert tuple(layer[1:3] for layer in opened.layer[:2]) == sampling
+    assert len(bench_jpeg.files(SMALL._replace(quality=75))[0]) < len(bench_jpeg.files(SMALL)[0])
+
+
+@needs_jpeg
+@pytest.mark.parametrize("photos", [SMALL, SMALL._replace(sampling="4:4:4"), SMALL._replace(progressive=True)], ids=str)
+def test_what_files_hold_does_not_depend_on_who_says_it(photos, monkeypatch):
+    """libjpeg in a C loop or, without a compiler, ourselves; and Pillow's pixels are what those coefficients mean."""
+    bench_jpeg.bare_loop.cache_clear()
+    try:
+        album = bench_jpeg.Album(photos, torch.device("cpu"))
+        assert not isinstance(bench_jpeg.bare_loop(), str)
+        told = album.coefficients
+        monkeypatch.setenv("CC", "false")
+        bench_jpeg.bare_loop.cache_clear()
+        with pytest.raises(Absent, match=r"^false can't build it \(no message\); install libjpeg-turbo's headers$"):
+            bench_jpeg.bare_loop()
+        by_us = bench_jpeg.Album(photos, torch.device("cpu")).coefficients
+        assert len(told) == len(by_us) == 9 and all(torch.equal(a, b) for a, b in zip(told, by_us, strict=True))
+    finally:
+        bench_jpeg.bare_loop.cache_clear()
+    pixels = bench_jpeg.copies(bench_jpeg.decode_pillow(album, "heap")())
+    assert harness.deviation(pixels, album.pixels, bench_jpeg.LEVELS)[1] is None
+    swapped = [image.flip(-1) for image in pixels]
+    assert harness.deviation(swapped, album.pixels, bench_jpeg.LEVELS)[1] is not None
+
+
+@needs_jpeg
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_installed_reader_and_loader_is_right(session, threads):
+    """Of files of an odd size, and of a batch that two threads can't halve."""
+    reading = bench_jpeg._reading(SMALL, batch=True)
+    loading = next(case for case in every_case(Settings(family="jpeg")) if case.op == "jpeg.DctDataset")
+    loading = dataclasses.replace(loading, problem=lambda device: bench_jpeg.Pipeline(SMALL, device))
+    for case in (reading, loading):
+        result = session.run(case, threads)
+        assert result["wrong"] == {} and "ms" in result
+        by_pillow = {name for name in result["ratio"] if "Pillow" in name}
+        assert by_pillow and set(result["absent"]) <= {rival.name for rival in case.rivals} - by_pillow
+        assert all(why.startswith(("not installed (pip install ", "no C compiler")) for why in result["absent"].values())
+
+
+def test_folded_batch_norms_change_nothing():
+    model = fourfold.models.resnet50(10).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for norm in (module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+            for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+                t.copy_(torch.rand(t.shape, generator=generator) + 0.5)
+        x = torch.randn(1, 3, 64, 64, generator=generator)
+        expected = model(x)
+        bench_jpeg.fold_batch_norms(model)
+        assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    mixed = fourfold.models.dct_resnet50(bench_jpeg.VARIANT, 10).eval()
+    bench_jpeg.fold_batch_norms(mixed)
+    left = [name for name, module in mixed.named_modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert left == ["bn_y", "bn_cbcr"]  # which follow no convolution
+
+
+def test_networks_run_from_bytes_and_alone_in_every_mode_and_type():
+    labels = [case.label for case in every_case(Settings(family="jpeg")) if case.op == "models.dct_resnet50"]
+    modes = bench_jpeg.MODES if Settings().compiles else bench_jpeg.MODES[:2]
+    for dtype in ("float32", "bfloat16"):
+        for mode in modes:
+            for what in ("bytes to scores", "batch to scores"):
+                assert sum(f"{what}, {dtype} channels_last {mode}" in label for label in labels) == 1
+    assert len(labels) == 4 * len(modes)
+    quick = [case for case in every_case(Settings(quick=True)) if case.op == "models.dct_resnet50"]
+    assert len(quick) == 1 and ", 2 of 224x224, bytes to scores" in quick[0].label

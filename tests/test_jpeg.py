@@ -7,6 +7,7 @@ can: Pillow's progressive with Pillow's baseline of one picture, and what write 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
 import itertools
 import math
@@ -14,17 +15,19 @@ import os
 import pickle
 import resource
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import battery
 import fourfold as ff
 import numpy as np
 import pytest
 import torch
-from fourfold import _C, jpeg
+from fourfold import _load, jpeg
 from fourfold.jpeg import JpegCoefficients, JpegError, files
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -82,7 +85,7 @@ def written(coefs: JpegCoefficients, **options: Any) -> bytes:
     """What jpeg.write gives, with the codings that it does not offer: arithmetic=, restart_interval=."""
     options = {"progressive": False, "optimize": True, **options}
     arrays = ([t.numpy() for t in tensors] for tensors in (coefs.components, coefs.qtables))
-    data = _C.jpeg_write(*arrays, coefs.size, coefs.sampling, files.COLOR_SPACES.index(coefs.color_space), **options)
+    data = _load.jpeg.write(*arrays, coefs.size, coefs.sampling, files.COLOR_SPACES.index(coefs.color_space), **options)
     assert isinstance(data, bytes), data
     return data
 
@@ -362,6 +365,21 @@ def test_write_extremes() -> None:
         assert_same(jpeg.read(jpeg.write(coefs, **options)), coefs)
 
 
+def test_write_takes_differences_in_the_order_of_the_scan() -> None:
+    """MCUs of 2 x 2 blocks, or rows of blocks where components are coded one by one."""
+    together, apart = ((2, 2), (1, 1), (1, 1)), ((4, 4), (1, 1), (1, 1))
+    for sampling, good, bad in [
+        (together, [[0, 2000, -2000, 0], [1000, 0, 0, 0]], [[0, 0, 2000, 2000], [0, -2000, 0, 0]]),
+        (apart, [[0, 0, 0, 2000, 0, 0], [-2000, 0, 0, 0, 0, 0]], [[0, 0, 0, 0, 0, 2000], [-2000, 0, 0, 0, 0, 0]]),
+    ]:
+        coefs = made((16, 8 * len(good[0])), sampling, "ycbcr")
+        coefs.components[0][..., 0] = torch.tensor(good)
+        assert_same(jpeg.read(jpeg.write(coefs, optimize=False)), coefs)
+        coefs.components[0][..., 0] = torch.tensor(bad)
+        with pytest.raises(JpegError, match="a DC coefficient may differ by 2047"):
+            jpeg.write(coefs)
+
+
 def refusals() -> list[tuple[str, Any, str]]:
     found = []
 
@@ -628,17 +646,83 @@ def test_repr() -> None:
     assert repr(jpeg.read(data[:-2])) == f"JpegCoefficients(progressive, ycbcr, {fields}, 1 warning)"
 
 
-def test_without_libjpeg(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_jpeg_read", None)
-    monkeypatch.setattr(files, "_jpeg_write", None)
-    coefs = made((8, 8))
-    for op, call in [
-        ("read", lambda: jpeg.read(b"")),
-        ("read_batch", lambda: jpeg.read_batch([b""])),
-        ("write", lambda: jpeg.write(coefs)),
-    ]:
-        with pytest.raises(RuntimeError, match=rf"^jpeg\.{op}: this fourfold was built without libjpeg; install"):
-            call()
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ModuleNotFoundError("none"), "this fourfold was built without libjpeg; install its headers"),
+        (
+            ImportError("libjpeg.so.62: cannot open shared object file"),
+            "the libjpeg that this fourfold was built with does not load (libjpeg.so.62: cannot open shared object file); ",
+        ),
+    ],
+    ids=["built without", "not there any more"],
+)
+def test_without_libjpeg(error: ImportError, reason: str) -> None:
+    """Everything else works, and the functions that need it say what to do."""
+    battery.run_script(
+        f"""
+import sys
+
+class Missing:
+    def find_spec(self, name, *rest):
+        if name == "fourfold._jpeg":
+            raise {type(error).__name__}({str(error)!r})
+
+sys.meta_path.insert(0, Missing())
+import fourfold as ff
+import torch
+
+assert not ff.has_jpeg()
+assert ff.build_info()["libjpeg"] is None
+y, _ = ff.rgb_to_dct(torch.zeros(1, 3, 8, 8))
+blocks, table = y.short().reshape(1, 1, 64), torch.ones(64, dtype=torch.int32)
+coefs = ff.jpeg.JpegCoefficients((blocks,), (table,), (8, 8), ((1, 1),), "gray")
+for op, call in (
+    ("read", lambda: ff.jpeg.read(b"")),
+    ("read_batch", lambda: ff.jpeg.read_batch([b""])),
+    ("write", lambda: ff.jpeg.write(coefs)),
+):
+    try:
+        call()
+    except RuntimeError as refusal:
+        assert str(refusal).startswith(f"jpeg.{{op}}: " + {reason!r}), refusal
+    else:
+        raise AssertionError(op)
+"""
+    )
+
+
+DECODERS = {
+    "PIL": "import io; from PIL import Image; theirs = lambda: numpy.asarray(Image.open(io.BytesIO(data)))",
+    "cv2": "import cv2; theirs = lambda: cv2.imdecode(numpy.frombuffer(data, numpy.uint8), cv2.IMREAD_COLOR)",
+    "simplejpeg": "import simplejpeg; theirs = lambda: simplejpeg.decode_jpeg(data)",
+    "torchvision": "import torch, torchvision; "
+    "theirs = lambda: torchvision.io.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)).numpy()",
+}
+
+
+@pytest.mark.parametrize("library", DECODERS)
+def test_beside_another_libjpeg(library: str, tmp_path: Path) -> None:
+    """Each in a process of its own, then both in one, whichever comes first: the same results."""
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    file = tmp_path / "photo.jpg"
+    file.write_bytes(encoded(photo(100, 120)))
+    ours = "import fourfold; ours = lambda: numpy.concatenate([c.flatten() for c in fourfold.jpeg.read(data).components])"
+
+    def run(*parts: str) -> dict[str, str]:
+        lines = ["import hashlib, numpy, sys", f"data = open({str(file)!r}, 'rb').read()", *parts]
+        lines += ["for _ in range(3):"]
+        lines += ["    for name in ('ours', 'theirs'):"]
+        lines += ["        if name in globals(): print(name, hashlib.sha256(globals()[name]().tobytes()).hexdigest())"]
+        return dict(line.split() for line in battery.run_script("\n".join(lines)).stdout.splitlines())
+
+    if subprocess.run([sys.executable, "-c", f"import {library}"], capture_output=True, check=False).returncode:
+        pytest.skip(f"{library} is installed, but does not import")
+    alone = run(ours) | run(DECODERS[library])
+    assert set(alone) == {"ours", "theirs"}
+    assert run(ours, DECODERS[library]) == alone
+    assert run(DECODERS[library], ours) == alone
 
 
 # ---- broken files ----------------------------------------------------------------------------------------------------
@@ -790,8 +874,9 @@ def test_missing_tables() -> None:
     # The standard's tables don't stand in for one that only a later scan lacks.
     separate = jpeg.write(made((40, 40), ((4, 4), (1, 1), (1, 1)), "ycbcr"))
     tables = [(at, end) for marker, at, end in segments(separate) if marker == 0xC4]
-    at, end = next(t for t in tables if separate[t[0] + 4] & 15 == 1)
-    refused(separate[:at] + separate[end:], "Huffman table 0x01 was not defined")
+    for number in (0x01, 0x11):
+        ((at, end),) = [t for t in tables if separate[t[0] + 4] == number][:1]
+        refused(separate[:at] + separate[end:], "Huffman table 0x01 was not defined")
 
 
 PROCESSES = {

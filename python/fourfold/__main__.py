@@ -25,7 +25,7 @@ def main() -> None:
             if archs
             else "not built; for GPUs: a CUDA build of torch, nvcc, and a reinstall with FOURFOLD_CUDA=ON",
         ),
-        ("JPEG", info["libjpeg"] or "built without libjpeg: install libjpeg-turbo's headers and reinstall"),
+        ("JPEG", info["libjpeg"] or _load.missing["jpeg"]),
     ]
     if torch.cuda.is_available():
         rows.append(("GPU", torch.cuda.get_device_name()))

@@ -12,10 +12,9 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         compiler (str), torch (str: version of the headers), isa_tiers (list of str: tiers with kernels of their own),
-        cuda_archs (list of str, empty without the CUDA library), libjpeg (str or None).
+        cuda_archs (list of str, empty without the CUDA library), libjpeg (str: its version; None where it is missing).
     """
-    info: dict[str, Any] = _C.build_info()
-    return info
+    return {**_C.build_info(), "libjpeg": _load.jpeg.version() if _load.jpeg else None}
 
 
 def cpu_capability() -> str:
@@ -28,8 +27,8 @@ def cpu_capability() -> str:
 
 
 def has_jpeg() -> bool:
-    """Whether this build was made with libjpeg, which reading and writing JPEG coefficients needs."""
-    return build_info()["libjpeg"] is not None
+    """Whether JPEG files can be read and written: this build was made with libjpeg, and it is there."""
+    return _load.jpeg is not None
 
 
 def has_cuda() -> bool:

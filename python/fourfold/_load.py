@@ -24,7 +24,7 @@ _LIBRARIES = Path(_C.__file__).parent
 #: Ops whose CUDA implementation is a Triton launcher of the same name; every other op's is CUDA C++.
 TRITON_OPS = ("dct_normalize", "_coord_tables", "_coord_tables_backward", "_add_map_", "_batch_sum")
 
-#: Why an op's CUDA implementation is missing: {"cuda" or "triton": reason and remedy}. Empty on machines without a GPU.
+#: What is missing here: {"jpeg", or where there is a GPU "cuda" or "triton" implementations of ops: reason and remedy}.
 missing: dict[str, str] = {}
 
 _registrations = torch.library.Library("fourfold", "IMPL")
@@ -34,6 +34,18 @@ def _load_cpu() -> None:
     if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 10):
         raise ImportError(f"fourfold needs torch >= 2.10, found {torch.__version__}; run: pip install -U torch")
     torch.ops.load_library(_LIBRARIES / "fourfold_ops.so")
+
+
+def _load_jpeg() -> Any:
+    """fourfold._jpeg, or None."""
+    try:
+        return import_module("._jpeg", __package__)
+    except ModuleNotFoundError:
+        packages = "Debian: libjpeg62-turbo-dev, Ubuntu: libjpeg-turbo8-dev, Fedora: libjpeg-turbo-devel, conda: libjpeg-turbo"
+        missing["jpeg"] = f"this fourfold was built without libjpeg; install its headers ({packages}) and build fourfold again"
+    except ImportError as error:
+        missing["jpeg"] = f"the libjpeg that this fourfold was built with does not load ({error}); install it again"
+    return None
 
 
 def _load_cuda() -> None:
@@ -78,6 +90,7 @@ def _warning_once(name: str, reference: Callable[..., Any], reason: str) -> Call
 
 
 _load_cpu()
+jpeg = _load_jpeg()
 if torch.cuda.is_available():
     _load_cuda()
     _load_triton()

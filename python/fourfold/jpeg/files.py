@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _C
+from .. import _load
 from ..ops import _checks as check
 
 COLOR_SPACES = ("gray", "ycbcr", "rgb", "cmyk", "ycck")
@@ -19,7 +19,7 @@ Source = bytes | bytearray | memoryview | str | os.PathLike[str] | Tensor | np.n
 
 
 class JpegError(ValueError):
-    """A file that cannot be read, or coefficients that no file can hold. The message names the source and says what is wrong."""
+    """A file that cannot be read, or coefficients that no file can hold. The message names the source and the fault."""
 
 
 @dataclass(slots=True, eq=False, repr=False)
@@ -74,15 +74,14 @@ def _unpacked(packed: Tensor, grids: tuple[tuple[int, int], ...], *facts: Any) -
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _no_libjpeg(op: str) -> NoReturn:
-    raise RuntimeError(
-        f"{op}: this fourfold was built without libjpeg; install its headers (Debian: libjpeg62-turbo-dev, Ubuntu: "
-        "libjpeg-turbo8-dev, Fedora: libjpeg-turbo-devel, conda: libjpeg-turbo) and build fourfold again"
-    )
+def _libjpeg(op: str) -> Any:
+    if _load.jpeg is None:
+        raise RuntimeError(f"{op}: {_load.missing['jpeg']}")
+    return _load.jpeg
 
 
 def _readable(op: str, source: Any, name: str) -> Any:
-    """What _C.jpeg_read takes: an object with a buffer of bytes, or a path as a tuple of one bytes object."""
+    """What _jpeg.read takes: an object with a buffer of bytes, or a path as a tuple of one bytes object."""
     if isinstance(source, bytes | bytearray):
         return source
     if isinstance(source, str | os.PathLike):
@@ -167,9 +166,7 @@ def read(source: Source, *, strict: bool = True, max_pixels: int = 2**28, max_sc
     op = "jpeg.read"
     options = _options(op, strict, max_pixels, max_scans)
     readable = source if type(source) is bytes else _readable(op, source, "source")
-    if _jpeg_read is None:
-        _no_libjpeg(op)
-    (found,) = _jpeg_read((readable,), *options, 1, True)
+    (found,) = _libjpeg(op).read((readable,), *options, 1, True)
     if type(found) is not tuple:
         _refuse(op, source, readable, found)
     return _image(found)
@@ -211,11 +208,9 @@ def read_batch(
         raise TypeError(f"{op}: sources must be a list of files, got one {type(sources).__name__}; call jpeg.read")
     sources = list(sources)
     readables = [s if type(s) is bytes else _readable(op, s, f"sources[{i}]") for i, s in enumerate(sources)]
-    if _jpeg_read is None:
-        _no_libjpeg(op)
     skip = on_error == "skip"
     results: list[JpegCoefficients | None] = []
-    for i, found in enumerate(_jpeg_read(readables, *options, min(threads, 2**31), not skip)):
+    for i, found in enumerate(_libjpeg(op).read(readables, *options, min(threads, 2**31), not skip)):
         if type(found) is tuple:
             results.append(_image(found))
         elif skip and found is not None:
@@ -288,14 +283,7 @@ def write(coefs: JpegCoefficients, *, progressive: bool = False, optimize: bool 
             raise JpegError(f"{op}: {name} must have {count} entries for color_space {coefs.color_space!r}, got {len(fields)}")
     if not all(0 <= s < 2**31 for s in (*size, *(f for pair in sampling for f in pair))):
         raise JpegError(f"{op}: no JPEG has size {size} and sampling {tuple(sampling)}")
-    if _jpeg_write is None:
-        _no_libjpeg(op)
-    written = _jpeg_write(components, qtables, size, sampling, color_space, progressive, optimize)
+    written = _libjpeg(op).write(components, qtables, size, sampling, color_space, progressive, optimize)
     if isinstance(written, str):
         raise JpegError(f"{op}: {written}")
     return written
-
-
-# Absent from a build without libjpeg.
-_jpeg_read = getattr(_C, "jpeg_read", None)
-_jpeg_write = getattr(_C, "jpeg_write", None)
