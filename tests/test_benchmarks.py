@@ -735,4 +735,4 @@ def test_networks_run_from_bytes_and_alone_in_every_mode_and_type():
                 assert sum(f"{what}, {dtype} channels_last {mode}" in label for label in labels) == 1
     assert len(labels) == 4 * len(modes)
     quick = [case for case in every_case(Settings(quick=True)) if case.op == "models.dct_resnet50"]
-    assert len(quick) == 1 and ", 2 of 224x224, bytes to scores" in quick[0].label
+    assert len(quick) == 1 and ", 1 of 224x224, bytes to scores" in quick[0].label

@@ -23,12 +23,13 @@ def located(name: str) -> Path:
 
 
 def test_the_parts_are_there():
-    for name in ("fourfold.triton_kernels", "fourfold.benchmarks", "fourfold.reference", "fourfold.ops", "fourfold.nn"):
-        assert importlib.util.find_spec(name) is not None, name
+    for part in ("triton_kernels", "benchmarks", "reference", "ops", "nn", "models", "jpeg", "compat"):
+        assert importlib.util.find_spec(f"fourfold.{part}") is not None, part
     assert located("fourfold").with_name("py.typed").exists()
     binaries = located("fourfold._C").parent
     assert (binaries / "fourfold_ops.so").exists()
     assert (binaries / "fourfold_cuda.so").exists() == bool(ff.build_info()["cuda_archs"])
+    assert (importlib.util.find_spec("fourfold._jpeg") is not None) == ff.has_jpeg()
 
 
 def test_only_torch_and_numpy_are_needed():

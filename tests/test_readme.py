@@ -83,6 +83,8 @@ def test_example_runs(path):
     if "sklearn" in text:
         pytest.importorskip("sklearn", reason="needs scikit-learn; run: pip install scikit-learn pillow")
         pytest.importorskip("PIL", reason="needs pillow; run: pip install scikit-learn pillow")
+    if "ff.jpeg" in text and not ff.has_jpeg():
+        pytest.skip("built without libjpeg")
     # What a longer run shows is tested where it belongs.
     quick = ["--quick"] if '"--quick"' in text else []
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # on a busy machine two mostly wait for each other

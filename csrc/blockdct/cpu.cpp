@@ -167,7 +167,9 @@ std::vector<T> by_frequency(const Geometry& g, const std::optional<Tensor>& valu
 template <typename T>
 void run_normalize(const Geometry& g, const Tensor& coefs, const Tensor& qtable, const std::optional<Tensor>& mean,
                    const std::optional<Tensor>& std, const Tensor& out, int64_t planes, int64_t blocks) {
-  const std::vector<T> means = by_frequency<T>(g, mean, T{0}), stds = by_frequency<T>(g, std, T{1});
+  const std::vector<T> means = by_frequency<T>(g, mean, T{0});
+  std::vector<T> factors = by_frequency<T>(g, std, T{1});
+  for (T& factor : factors) factor = 1 / factor;
   const NormalizeBlocks normalize = kernels().normalize[element_of(out)];
   const int16_t* from = static_cast<const int16_t*>(coefs.const_data_ptr());
   const T* tables = static_cast<const T*>(qtable.const_data_ptr());
@@ -181,7 +183,7 @@ void run_normalize(const Geometry& g, const Tensor& coefs, const Tensor& qtable,
       const int64_t last = first + kChunk < blocks ? first + kChunk : blocks;
       const Normalize n{tables + plane / planes_per_table * 64,
                         means.data(),
-                        stds.data(),
+                        factors.data(),
                         g.slots.data(),
                         g.F,
                         g.layout == Layout::planar,

@@ -444,33 +444,75 @@ void inverse(const Plane& p, const void* coefs_, void* image_, const void* scale
 // ---- dct_normalize
 // -----------------------------------------------------------------------------------------------------------
 
+// Planes of `count` blocks from coefs on, a vector's worth or fewer. Two coefficients are one number while rows of blocks turn
+// into rows of frequencies, which halves the work of turning.
 template <typename E>
-void normalize(const blockdct::Normalize& n, const int16_t* coefs, void* out_, int64_t first, int64_t last) {
+FOURFOLD_INLINE void normalize_planes(const blockdct::Normalize& n, const int16_t* coefs, E* out, int f, int64_t count) {
+  const auto* table = static_cast<const float*>(n.table);
+  const auto* mean = static_cast<const float*>(n.mean);
+  const auto* factor = static_cast<const float*>(n.factor);
+  Vec<float> pairs[kLanes<float>];
+#pragma GCC unroll 16
+  for (int k = 0; k < kLanes<float>; ++k) {
+    pairs[k] = k < count ? load_pairs(coefs + k * 64 + f) : Vec<float>{};
+  }
+  transpose<float>(pairs);
+#pragma GCC unroll 16
+  for (int k = 0; k < kLanes<float>; ++k) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const int frequency = f + 2 * k + half;
+      if (n.slots[frequency] < 0) continue;
+      const Vec<float> value = (integers(pairs[k], half) * table[frequency] - mean[frequency]) * factor[frequency];
+      E* to = out + n.slots[frequency] * n.blocks;
+      count == kLanes<float> ? store(to, value) : store_first(to, value, count);
+    }
+  }
+}
+
+template <typename E>
+void normalize(const blockdct::Normalize& n_, const int16_t* coefs, void* out_, int64_t first, int64_t last) {
   using T = Accumulate<E>;
+  const blockdct::Normalize n = n_;  // a copy that no store can alias
   constexpr int kAll = 64;
   E* out = static_cast<E*>(out_);
   const T* table = static_cast<const T*>(n.table);
   const T* mean = static_cast<const T*>(n.mean);
-  const T* std = static_cast<const T*>(n.std);
+  const T* factor = static_cast<const T*>(n.factor);
   const auto normalized = [&](int64_t block, int f) __attribute__((always_inline)) {
     const Vec<T> value = load_integers<T>(coefs + block * kAll + f) * *(const Loose<T>*)(table + f);
-    return (value - *(const Loose<T>*)(mean + f)) / *(const Loose<T>*)(std + f);
+    return (value - *(const Loose<T>*)(mean + f)) * *(const Loose<T>*)(factor + f);
+  };
+  const auto any_kept = [&](int f, int count) {
+    for (int k = 0; k < count; ++k) {
+      if (n.slots[f + k] >= 0) return true;
+    }
+    return false;
   };
   if (n.planar) {
-    for (int64_t block = first; block < last; block += kLanes<T>) {
-      const int64_t count = last - block < kLanes<T> ? last - block : kLanes<T>;
-      for (int f = 0; f < kAll; f += kLanes<T>) {
-        bool kept = false;
-        for (int k = 0; k < kLanes<T>; ++k) kept |= n.slots[f + k] >= 0;
-        if (!kept) continue;
-        Vec<T> rows[kLanes<T>];
+    if constexpr (sizeof(T) == 4) {
+      // Each plane receives the whole range before the next frequencies have their turn.
+      for (int f = 0; f < kAll; f += 2 * kLanes<T>) {
+        if (!any_kept(f, 2 * kLanes<T>)) continue;
+        for (int64_t block = first; block < last; block += kLanes<T>) {
+          const int64_t count = least(kLanes<T>, last - block);
+          normalize_planes(n, coefs + block * kAll, out + block, f, count);
+        }
+      }
+    } else {
+      for (int64_t block = first; block < last; block += kLanes<T>) {
+        const int64_t count = least(kLanes<T>, last - block);
+        for (int f = 0; f < kAll; f += kLanes<T>) {
+          if (!any_kept(f, kLanes<T>)) continue;
+          Vec<T> rows[kLanes<T>];
 #pragma GCC unroll 16
-        for (int k = 0; k < kLanes<T>; ++k) rows[k] = k < count ? normalized(block + k, f) : Vec<T>{};
-        transpose<T>(rows);
-        for (int k = 0; k < kLanes<T>; ++k) {
-          if (n.slots[f + k] < 0) continue;
-          E* to = out + n.slots[f + k] * n.blocks + block;
-          count == kLanes<T> ? store(to, rows[k]) : store_first(to, rows[k], count);
+          for (int k = 0; k < kLanes<T>; ++k) rows[k] = k < count ? normalized(block + k, f) : Vec<T>{};
+          transpose<T>(rows);
+          for (int k = 0; k < kLanes<T>; ++k) {
+            if (n.slots[f + k] < 0) continue;
+            E* to = out + n.slots[f + k] * n.blocks + block;
+            count == kLanes<T> ? store(to, rows[k]) : store_first(to, rows[k], count);
+          }
         }
       }
     }

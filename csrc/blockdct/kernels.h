@@ -40,13 +40,13 @@ using Inverse = void (*)(const Plane& plane, const void* coefs, void* image, con
 
 constexpr int kBlockSizes = 5;  // 2, 4, 8, 16, 32
 
-// (coefs * table - mean) / std over blocks [.., 64]. table, mean and std: [64] by row-major frequency, of the accumulation
-// type; slots: where a frequency goes, or -1. planar: frequency f of block k lies at out[slots[f] * blocks + k], else at
-// out[k * kept + slots[f]].
+// (coefs * table - mean) * factor over blocks [.., 64]. table, mean and factor: [64] by row-major frequency, of the
+// accumulation type; slots: where a frequency goes, or -1. planar: frequency f of block k lies at out[slots[f] * blocks + k],
+// else at out[k * kept + slots[f]].
 struct Normalize {
   const void* table;
   const void* mean;
-  const void* std;
+  const void* factor;
   const int16_t* slots;
   int64_t kept;
   bool planar;

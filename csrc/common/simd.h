@@ -198,6 +198,19 @@ FOURFOLD_INLINE Vec<T> load_integers(const int16_t* p) {
   return x;
 }
 
+// As many pairs of signed 16-bit integers as a vector has floats, a pair a lane; integers() takes them apart.
+FOURFOLD_INLINE Vec<float> load_pairs(const int16_t* p) {
+  typedef float pairs __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
+  return *(const pairs*)p;
+}
+
+// The first or second integer of each pair.
+FOURFOLD_INLINE Vec<float> integers(Vec<float> pairs, int second) {
+  typedef VectorOf<float>::index Int;
+  const Int bits = (Int)pairs;
+  return __builtin_convertvector((second ? bits : bits << 16) >> 16, Vec<float>);
+}
+
 // As many bytes as a vector has floats, from p on.
 FOURFOLD_INLINE Vec<float> load_bytes(const uint8_t* p) {
 #if defined(__AVX512F__)
