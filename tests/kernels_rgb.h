@@ -134,8 +134,9 @@ void test_rgb_case(const rgbdct::Kernels& kernels, const RGBCase& c, const std::
     for (int f = 0; f < 64; ++f) encode(work, c.scaled ? (f % 5 + k + 1) / 2.0 : 1, scales[k].at(f));
     job.scale[k] = c.scaled ? scales[k].at(0) : nullptr;
   }
+  const std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, kernels.scratch_bytes[c.pixel]), &std::free);
   for (const rgbdct::Tile& tile : tiles_of(c)) {
-    kernels.transform[c.pixel](job, tile, image.begin, results[0].at(0), results[1].at(0), results[2].at(0));
+    kernels.transform[c.pixel](job, tile, image.begin, results[0].at(0), results[1].at(0), results[2].at(0), scratch.get());
   }
 
   for (int k = 0; k < 3; ++k) {

@@ -231,6 +231,41 @@ def test_scale_is_a_parameter():
     assert list(module.state_dict()) == ["scale"]
 
 
+def test_small_tangents():
+    """In float32, to its own precision: nothing large is added and taken away again."""
+    rgb, tangent = pixels(1, 3, 20, 30, dtype=torch.float32), pixels(1, 3, 20, 30, seed=1) * 1e-8
+    function = lambda x: call(x, subsampling="4:2:0")  # noqa: E731
+    _, result = torch.func.jvp(function, (rgb,), (tangent.float(),))
+    _, wanted = torch.func.jvp(lambda x: call(x, dtype=torch.float64), (rgb.double(),), (tangent.float().double(),))
+    battery.assert_close(result * 1e8, wanted * 1e8, "tangent", slack=4)
+
+
+def test_on_a_small_stack():
+    """Of 128 KiB, as block_dct runs on."""
+    script = """
+import threading
+import fourfold as ff
+import torch
+
+threading.stack_size(128 * 1024)
+for dtype in (torch.float32, torch.float64):
+    thread = threading.Thread(target=lambda: ff.rgb_to_dct(torch.zeros(1, 3, 64, 64), dtype=dtype))
+    thread.start()
+    thread.join()
+"""
+    battery.run_script(script, OMP_NUM_THREADS="1")
+
+
+def test_module_keeps_the_precision_of_its_scale():
+    rgb, scale = pixels(1, 3, 16, 16), factors(3, 64, torch.float64)
+    wanted = ff.rgb_to_dct(rgb, scale=scale, dtype=torch.float64)
+    for given in (scale, scale.tolist()):
+        module = ff.nn.RGBToDCT(scale=given, dtype=torch.float64)
+        assert module.scale.dtype == torch.float64
+        for result, expected in zip(module(rgb), wanted, strict=True):
+            battery.assert_same(result, expected, "module")
+
+
 def test_module_is_the_function():
     options = {"subsampling": "4:2:2", "layout": "blocks", "freqs": KEPT, "dtype": torch.bfloat16}
     rgb = pixels(2, 3, 20, 30, dtype=torch.uint8)

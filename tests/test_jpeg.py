@@ -965,6 +965,32 @@ def test_large_frames_cost_nothing() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024  # KiB; the frame has 187 MiB
 
 
+def test_files_are_read_as_far_as_they_make_sense(tmp_path: Path) -> None:
+    """A file of any size on disk: no more is read than an image can need, and without a frame header 64 MiB."""
+    endless, long = tmp_path / "endless.jpg", tmp_path / "long.jpg"
+    data = encoded(photo(16, 16))
+    for path, start in ((endless, b"\xff\xd8"), (long, data)):
+        path.write_bytes(start)
+        os.truncate(path, 2**33)  # sparse
+    script = """
+import resource, sys
+import fourfold as ff
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[1:]:
+    try:
+        ff.jpeg.read(path)
+    except ff.jpeg.JpegError as error:
+        print(error)
+assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024, "KiB"
+"""
+    said = battery.run_script(script, str(endless), str(long)).stdout.splitlines()
+    first = 2**26
+    assert said == [
+        f"jpeg.read: {endless}: in its first {first} bytes: it ends before the frame header",
+        f"jpeg.read: {long}: more than {first + 256 * 6} bytes, which is more than its image can need",
+    ]
+
+
 def test_scan_bomb() -> None:
     data = jpeg.write(made((8, 8), ((4, 4), (1, 1), (1, 1)), "ycbcr"))
     (*_, (at, end)) = [(at, end) for marker, at, end in segments(data) if marker == 0xDA]
@@ -975,6 +1001,10 @@ def test_scan_bomb() -> None:
     assert_same(jpeg.read(many, max_scans=5000), jpeg.read(data))
     with pytest.raises(JpegError, match="more than max_scans=4999 scans"):
         jpeg.read(many, max_scans=4999)
+    # 16 times max_pixels is what all scans together may walk over.
+    assert_same(jpeg.read(many, max_scans=5000, max_pixels=20_000), jpeg.read(data))
+    work = "5000 scans of 8 x 8 pixels are more work than max_pixels=19999 allows; raise it if you trust the file"
+    refused(many, work, max_scans=5000, max_pixels=19_999)
     ten = encoded(photo(16, 16), progressive=True)
     assert jpeg.read(ten, max_scans=10).progressive
     refused(ten, "more than max_scans=9 scans; raise it if you trust the file", max_scans=9)

@@ -30,15 +30,16 @@ struct Job {
   Emit emit;
 };
 
-// rgb: the sample's first pixel; y, cb, cr: its components' coefficients.
-using Transform = void (*)(const Job& job, const Tile& tile, const void* rgb, void* y, void* cb, void* cr);
+// rgb: the sample's first pixel; y, cb, cr: its components' coefficients; scratch: Kernels::scratch_bytes, aligned to 64.
+using Transform = void (*)(const Job& job, const Tile& tile, const void* rgb, void* y, void* cb, void* cr, void* scratch);
 
 // What pixels are, in the order of Kernels::transform.
 enum Pixel { kByte, kPixelHalf, kPixelBFloat16, kPixelFloat, kPixelDouble, kPixels };
 
 struct Kernels {
   Transform transform[kPixels];
-  Emit emit[kElements];  // takes float buffers, double ones for kDouble
+  int64_t scratch_bytes[kPixels];  // of transform
+  Emit emit[kElements];            // takes float buffers, double ones for kDouble
 };
 
 }  // namespace fourfold::rgbdct

@@ -1,6 +1,13 @@
 // rgb_to_dct on CPU: tiles and threads. The arithmetic is in rgb_kernels.cpp.
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
 #include "blockdct/cpu.h"
 #include "blockdct/rgb.h"
 #include "blockdct/rgb_geometry.h"
@@ -70,19 +77,29 @@ std::tuple<Tensor, Tensor> rgb_to_dct(const Tensor& rgb, std::string subsampling
     if (!floats.empty()) job.scale[k] = floats.data() + 64 * k;
   }
   const Transform transform = kernels().transform[pixel_of(call.rgb)];
+  // On the heap: a thread's stack may be smaller.
+  std::atomic<bool> lacks_memory{false};
+  const size_t scratch_bytes = kernels().scratch_bytes[pixel_of(call.rgb)];
   const char* from = static_cast<const char*>(call.rgb.const_data_ptr());
   char* luma = static_cast<char*>(y.mutable_data_ptr());
   char* chroma = static_cast<char*>(cbcr.mutable_data_ptr());
   const Tiling tiling(call);
   const int64_t tiles = tiling.count();
   torch::stable::parallel_for(0, call.luma.B * tiles, 1, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, scratch_bytes), &std::free);
+    if (scratch == nullptr) {  // an exception could not leave this thread
+      lacks_memory = true;
+      return;
+    }
     for (int64_t number = begin; number < end; ++number) {
       const int64_t b = number / tiles;
       char* cb = chroma + b * call.chroma.coef_b * bytes;
       transform(job, tiling.tile(number % tiles), from + b * sample, luma + b * call.luma.coef_b * bytes, cb,
-                cb + call.chroma.coef_c * bytes);
+                cb + call.chroma.coef_c * bytes, scratch.get());
     }
   });
+  if (lacks_memory)
+    throw std::runtime_error(std::string(call.op) + ": out of memory: cannot allocate scratch memory on the CPU");
   return {in_dtype(y, dtype), in_dtype(cbcr, dtype)};
 }
 

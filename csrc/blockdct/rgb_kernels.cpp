@@ -139,9 +139,9 @@ void separate(const Job& job_, const Tile& tile, const E* rgb, Buffers<Accumulat
 }
 
 template <typename E>
-void transform(const Job& job, const Tile& tile, const void* rgb_, void* y, void* cb, void* cr) {
+void transform(const Job& job, const Tile& tile, const void* rgb_, void* y, void* cb, void* cr, void* scratch) {
   using T = Accumulate<E>;
-  Buffers<T> buffers;
+  Buffers<T>& buffers = *static_cast<Buffers<T>*>(scratch);
   const E* rgb = static_cast<const E*>(rgb_);
   const auto run = [&](auto* planar, auto* interleaved) { (job.col == 1 ? planar : interleaved)(job, tile, rgb, buffers); };
   if (job.h == 1) {
@@ -184,6 +184,7 @@ void emit(const blockdct::Plane& p, void* buffer_, int64_t pitch, void* coefs_, 
 
 extern const rgbdct::Kernels rgbdct_kernels = {
     {transform<uint8_t>, transform<Half>, transform<BFloat16>, transform<float>, transform<double>},
+    {sizeof(Buffers<float>), sizeof(Buffers<float>), sizeof(Buffers<float>), sizeof(Buffers<float>), sizeof(Buffers<double>)},
     {emit<Half>, emit<BFloat16>, emit<float>, emit<double>},
 };
 

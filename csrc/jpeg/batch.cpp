@@ -12,7 +12,6 @@
 #include <cstring>
 #include <memory>
 #include <new>
-#include <system_error>
 #include <thread>
 
 namespace fourfold::jpeg {
@@ -30,9 +29,10 @@ void for_all(size_t n, int64_t threads, const Work& work) {
   std::vector<std::thread> others;
   const size_t wanted = threads < static_cast<int64_t>(n) ? threads : n;
   try {
+    others.reserve(wanted);
     for (size_t t = 1; t < wanted; ++t) others.emplace_back(run);
-  } catch (const std::system_error&) {
-    // No more threads to be had: those there are do the work.
+  } catch (const std::exception&) {
+    // No more threads, or memory for them, to be had: those there are do the work.
   }
   run();
   for (std::thread& thread : others) thread.join();
@@ -47,19 +47,30 @@ void read_file(Image& image, const Limits& limits, std::unique_ptr<uint8_t[]>& c
   }
   struct stat status;
   const bool regular = fstat(file, &status) == 0 && S_ISREG(status.st_mode);
-  // Far more than any JPEG of max_pixels needs.
-  const size_t most = (size_t{64} << 20) + 16 * static_cast<size_t>(limits.max_pixels);
+  // Enough to find the frame header behind whatever an editor put before it; the header then says how much more is sensible:
+  // the longest codes of a block have fewer than four bytes for each coefficient.
+  size_t most = size_t{64} << 20;
+  bool has_header = false;
   const size_t expected = regular ? static_cast<size_t>(status.st_size) : 0;
   size_t size = 0, capacity = 0;
   for (;;) {
-    if (size > most || expected > most) {
-      image.problem = "more than " + std::to_string(most) + " bytes; raise max_pixels if you trust the file";
+    if (size > most && !has_header) {
+      has_header = true;
+      image.problem = read_header(content.get(), size, limits.max_pixels, /*strict=*/false, image.header);
+      if (!image.problem.empty()) {
+        image.problem = "in its first " + std::to_string(most) + " bytes: " + image.problem;
+        break;
+      }
+      most += 4 * 64 * image.header.blocks();
+    }
+    if (size > most) {
+      image.problem = "more than " + std::to_string(most) + " bytes, which is more than its image can need";
       break;
     }
     if (size == capacity) {
       // One byte more than expected, so that the end of the file shows without another round.
-      const size_t wanted =
-          size == 0 ? std::min<size_t>(std::max<size_t>(expected + 1, 4096), 65536) : std::max(2 * size, expected + 1);
+      const size_t wanted = size == 0 ? std::min<size_t>(std::max<size_t>(expected + 1, 4096), 65536)
+                                      : std::min(std::max(2 * size, expected + 1), most + 1);
       std::unique_ptr<uint8_t[]> larger(new (std::nothrow) uint8_t[wanted]);
       if (!larger) {
         image.no_memory = true;

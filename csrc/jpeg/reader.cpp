@@ -152,10 +152,20 @@ void on_message(j_common_ptr info, int level) {
   fail(info, "%s%s", message, kLenient);
 }
 
+// As many scans may a frame of max_pixels have; a smaller one may have more. Usual progressive files have 10.
+constexpr int64_t kScansOfLargest = 16;
+
 void on_progress(j_common_ptr info) {
   Session& s = session_of(info);
   if (s.info.input_scan_number > s.limits->max_scans) {
     fail(info, "more than max_scans=%lld scans; raise it if you trust the file", static_cast<long long>(s.limits->max_scans));
+  }
+  // Each scan walks over the whole frame, whatever it holds.
+  const int64_t pixels = s.header->height * s.header->width;
+  if (s.info.input_scan_number * pixels > kScansOfLargest * s.limits->max_pixels) {
+    fail(info, "%d scans of %lld x %lld pixels are more work than max_pixels=%lld allows; raise it if you trust the file",
+         s.info.input_scan_number, static_cast<long long>(s.header->width), static_cast<long long>(s.header->height),
+         static_cast<long long>(s.limits->max_pixels));
   }
   // The tables that libjpeg has put in place of absent ones serve no scan of a strict reading: see check_tables.
   for (int i = 0; i < 2; ++i) {
@@ -240,7 +250,15 @@ std::string complete(Session& s, int32_t* qtables, Facts& facts) {
     const JQUANT_TBL* table = component.quant_table;
     if (table == nullptr && slot >= 0 && slot < NUM_QUANT_TBLS) table = s.info.quant_tbl_ptrs[slot];
     if (table == nullptr) return "quantisation table " + std::to_string(slot) + " is missing";
-    for (int k = 0; k < 64; ++k) qtables[c * 64 + k] = table->quantval[k];
+    bool has_zero = false;
+    for (int k = 0; k < 64; ++k) {
+      qtables[c * 64 + k] = table->quantval[k];
+      has_zero = has_zero || table->quantval[k] == 0;
+    }
+    if (has_zero) {
+      if (strict) return "quantisation table " + std::to_string(slot) + " has a step of 0" + kLenient;
+      ++facts.warnings;
+    }
   }
   // The format lets a progressive file leave precision out, but then it has an end marker.
   if (s.ended && !whole) {

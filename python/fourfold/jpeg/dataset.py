@@ -164,11 +164,13 @@ class DctDataset(torch.utils.data.Dataset[Item]):
         threads: int | None = None,
     ) -> None:
         op = "DctDataset"
-        if isinstance(paths, (str, bytes, os.PathLike, Tensor)):
+        if isinstance(paths, (str, bytes, os.PathLike, Tensor)) or not hasattr(paths, "__iter__"):
             raise TypeError(
                 f"{op}: paths must be a list of files, got {type(paths).__name__}; a folder is read by DctDataset.from_folder"
             )
         self.paths = list(paths)
+        if targets is not None and not hasattr(targets, "__len__"):
+            raise TypeError(f"{op}: targets must be one for each of {len(self.paths)} paths, got {type(targets).__name__}")
         if targets is not None and len(targets) != len(self.paths):
             raise ValueError(f"{op}: targets must be one for each of {len(self.paths)} paths, got {len(targets)}")
         self.targets = targets
@@ -230,8 +232,15 @@ class DctDataset(torch.utils.data.Dataset[Item]):
         """How many files there are."""
         return len(self.paths)
 
+    def __repr__(self) -> str:
+        """How many files, and what becomes of them."""
+        options = {"size": self.size, "train": self.train or None, "freqs": self.freqs and f"{len(self.freqs)} frequencies"}
+        shown = "".join(f", {name}={value}" for name, value in options.items() if value is not None)
+        return f"DctDataset({len(self)} files{shown}, dtype={self.dtype})"
+
     def __getitem__(self, index: int) -> Item:
         """(y, cbcr) or (y, cbcr, target) of one file."""
+        index = check.integer("DctDataset", "an index", index)
         return self._item(index, self._read(index), self._draw())
 
     def __getitems__(self, indices: Sequence[int]) -> list[Item]:
@@ -244,7 +253,7 @@ class DctDataset(torch.utils.data.Dataset[Item]):
             for i, coefs in zip(indices, files, strict=True)
         ]
         windows = [self._window(image, draw) for image, draw in zip(images, draws, strict=True)]
-        cut = [self._cut(image, window) for image, window in zip(images, windows, strict=True)]
+        cut = [self._cut(*given) for given in zip(indices, images, windows, strict=True)]
         one_grid = len({(image.y.shape, image.cbcr.shape) for image in cut}) == 1
         if not one_grid or any(any(window.pads) for window in windows):
             return [self._item(i, image, draw) for i, image, draw in zip(indices, images, draws, strict=True)]
@@ -259,7 +268,7 @@ class DctDataset(torch.utils.data.Dataset[Item]):
 
     def _draw(self) -> list[float]:
         """Three numbers in [0, 1) for each image, whatever becomes of it: rows, columns, mirroring."""
-        return torch.rand(3, dtype=torch.float64).tolist() if self.train else []
+        return torch.rand(3, dtype=torch.float64, device="cpu").tolist() if self.train else []
 
     def _window(self, image: _Image, draw: list[float]) -> _Window:
         if self.size is None:
@@ -273,7 +282,7 @@ class DctDataset(torch.utils.data.Dataset[Item]):
             pads.append(pad)
         return _Window((offset[0], offset[1]), (pads[0], pads[1]), self.train and draw[2] < 0.5)
 
-    def _cut(self, image: _Image, window: _Window) -> _Image:
+    def _cut(self, index: int, image: _Image, window: _Window) -> _Image:
         """Cropped along the axes that are not padded, and mirrored unless it has to be padded before."""
         if self.size is None:
             return image
@@ -285,12 +294,15 @@ class DctDataset(torch.utils.data.Dataset[Item]):
                 y_box[axis], y_box[axis + 2] = 2 * box[axis], 2 * box[axis + 2]
         y, cbcr = dct_crop(image.y, y_box), dct_crop(image.cbcr, box)
         if window.flip and not any(window.pads):
-            y, cbcr = dct_flip(y, -2), dct_flip(cbcr, -2)
+            try:
+                y, cbcr = dct_flip(y, -2), dct_flip(cbcr, -2)
+            except ValueError as error:  # -32768, which a broken file can hold
+                raise JpegError(f"DctDataset: {_name(self.paths[index], index)}: {error}") from error
         return image._replace(y=y, cbcr=cbcr)
 
     def _item(self, index: int, image: _Image, draw: list[float]) -> Item:
         window = self._window(image, draw)
-        cut = self._cut(image, window)
+        cut = self._cut(index, image, window)
         if any(window.pads):
             return self._with_target(index, *self._padded(cut, window))
         y, cbcr = self._normalized(*(part[None] for part in cut[:4]))
@@ -387,7 +399,10 @@ def _size(op: str, size: Any) -> tuple[int, int] | None:
 
 
 def _jpegs_below(folder: str) -> Iterator[str]:
-    for place, _folders, names in sorted(os.walk(folder, followlinks=True)):
+    def refuse(error: OSError) -> None:
+        raise error  # a folder that cannot be read is not an empty one
+
+    for place, _folders, names in sorted(os.walk(folder, onerror=refuse, followlinks=True)):
         for name in sorted(names):
             if name.lower().endswith(EXTENSIONS):
                 yield os.path.join(place, name)
@@ -500,7 +515,8 @@ def frequency_stats(
     if bar is not None:
         bar.close()
 
-    mean, std = torch.zeros(3, 64, dtype=torch.float64), torch.ones(3, 64, dtype=torch.float64)
+    mean = torch.zeros(3, 64, dtype=torch.float64, device="cpu")
+    std = torch.ones_like(mean)
     for c, n in enumerate(blocks):
         for f in range(64) if n else ():
             mean[c, f] = sums[c][f] / n

@@ -154,7 +154,8 @@ def read(source: Source, *, strict: bool = True, max_pixels: int = 2**28, max_sc
         source: the file's bytes (bytes, bytearray, memoryview, or a uint8 tensor or numpy array [n]) or its path.
         strict: refuse a file with any flaw that libjpeg would pass over with a warning, a missing end marker alone excepted.
             False: what could not be read is zero, and the result's ``warnings`` counts the flaws.
-        max_pixels: refuse a frame of more pixels, before any memory is allocated for it.
+        max_pixels: refuse a frame of more pixels, before any memory is allocated for it, and one whose scans walk over more
+            than 16 times as many: a small file can keep its reader busy for long.
         max_scans: refuse a file of more scans.
 
     Raises:
@@ -204,7 +205,8 @@ def read_batch(
     threads = torch.get_num_threads() if threads is None else check.integer(op, "threads", threads)
     if threads < 1:
         raise ValueError(f"{op}: threads must be at least 1, got {threads}")
-    if isinstance(sources, bytes | bytearray | str | os.PathLike):
+    single = isinstance(sources, bytes | bytearray | memoryview | str | os.PathLike | Tensor | np.ndarray)
+    if single or not hasattr(sources, "__iter__"):
         raise TypeError(f"{op}: sources must be a list of files, got one {type(sources).__name__}; call jpeg.read")
     sources = list(sources)
     readables = [s if type(s) is bytes else _readable(op, s, f"sources[{i}]") for i, s in enumerate(sources)]

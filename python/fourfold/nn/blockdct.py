@@ -93,10 +93,10 @@ class BlockIDCT2d(_BlockTransform):
 
 
 class RGBToDCT(torch.nn.Module):
-    """Module form of :func:`fourfold.rgb_to_dct`: RGB [B, 3, H, W] to (y, cbcr), the input of a DCT network.
+    """Module form of :func:`fourfold.rgb_to_dct`: RGB [B, 3, H, W] to (y, cbcr), for ``network(*module(rgb))``.
 
     ``scale`` is a buffer, or trained if given as a ``torch.nn.Parameter``; the other arguments are fixed. ``dtype`` is that of
-    the results and stays when the module is moved to another.
+    the results and stays when the module is moved to another; ``device`` is that of the buffer.
     """
 
     scale: Tensor | None
@@ -119,8 +119,10 @@ class RGBToDCT(torch.nn.Module):
         if isinstance(scale, torch.nn.Parameter):
             self.scale = scale
         else:
-            given = None if scale is None else check.numbers("RGBToDCT", "scale", scale, torch.float32, torch.device("cpu"))
-            self.register_buffer("scale", given if given is None or device is None else given.to(device))
+            if scale is not None:
+                like = scale if isinstance(scale, Tensor) else torch.empty(0, dtype=torch.float64, device="cpu")
+                scale = check.numbers("RGBToDCT", "scale", scale, like.dtype, torch.device(device or like.device))
+            self.register_buffer("scale", scale)
         if self.scale is not None and tuple(self.scale.shape) not in {(f,), (3, f)}:
             raise ValueError(f"RGBToDCT: scale must be [{f}] or [3, {f}], got {list(self.scale.shape)}")
 

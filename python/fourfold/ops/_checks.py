@@ -54,7 +54,7 @@ def numbers(op: str, name: str, value: Any, dtype: torch.dtype, device: torch.de
     """A tensor, or a number or nested sequence of numbers, as a real tensor of this dtype and device."""
     if not isinstance(value, Tensor):
         try:
-            value = torch.as_tensor(value, dtype=dtype)
+            value = torch.as_tensor(value, dtype=dtype, device=device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{op}: {name} must be a tensor or numbers, got {value!r}") from error
     if value.is_complex() or value.dtype == torch.bool:

@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference._dtypes import accumulate_type
+from ..reference.blockdct import replicate_edges
 from ..reference.blockdct_rgb import LUMA, SUBSAMPLINGS
 from . import _checks as check
 from . import _frequencies as frequencies
 from ._frequencies import Freqs
 from ._register import register
-from .blockdct import _block_dct_backward, block_idct
+from .blockdct import _block_dct, _block_dct_backward, block_idct
 
 LAYOUTS = ("planar", "blocks")
 
@@ -78,6 +80,17 @@ def _adjoint(y: Tensor, cbcr: Tensor, ctx: Any, scale: Tensor | None, work: torc
     return torch.stack([LUMA[0] * luma + red, LUMA[1] * luma, LUMA[2] * luma + blue], 1)
 
 
+def _linear(rgb: Tensor, ctx: Any, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The op without luma's shift. Taking away a large constant again would leave nothing of a small tangent."""
+    v, h = SUBSAMPLINGS[ctx.subsampling]
+    luma_scale, chroma_scale = (None, None) if scale is None else (scale[:1], scale[1:])
+    red, green, blue = rgb.unbind(1)
+    luma = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+    chroma = replicate_edges(torch.stack([(blue - luma) * BLUE, (red - luma) * RED], 1), 8 * v, 8 * h)
+    y = _block_dct(luma[:, None], 8, ctx.layout, ctx.freqs, luma_scale, 0.0)
+    return y, _block_dct(F.avg_pool2d(chroma, (v, h)), 8, ctx.layout, ctx.freqs, chroma_scale, 0.0)
+
+
 def _per_frequency(y: Tensor, cbcr: Tensor, layout: str) -> Tensor:
     """Sums results over the blocks of each component: [3, F]."""
     if layout == "blocks":
@@ -108,8 +121,7 @@ def _jvp(ctx: Any, rgb_t: Tensor | None, *tangents: Any) -> tuple[Tensor, Tensor
     work = _work_type(ctx.rgb_dtype, ctx.dtype)
     terms = []
     if rgb_t is not None:
-        # The level shift has no tangent: a gray of 128 makes up for it.
-        terms.append(_rgb_to_dct(rgb_t.to(work) + 128, ctx.subsampling, ctx.layout, ctx.freqs, scale, work))
+        terms.append(_linear(rgb_t.to(work), ctx, scale))
     if scale_t is not None:
         y, cbcr = _rgb_to_dct(rgb, ctx.subsampling, ctx.layout, ctx.freqs, None, work)
         terms.append((y * _by_slot(scale_t[:1], ctx.layout), cbcr * _by_slot(scale_t[1:], ctx.layout)))
@@ -164,7 +176,7 @@ def rgb_to_dct(
     Args:
         rgb: [B, 3, H, W], uint8, or float16, bfloat16, float32 or float64 in 0..255. Planar (contiguous) and interleaved
             (channels_last) pixels, and crops of them, are read in place. Rows and columns that don't fill a block, or chroma's
-            cell, are filled by repeating the last one.
+            cell, are filled by repeating the last one; chroma is averaged after that (libjpeg, below the image, before).
         subsampling: "4:4:4", "4:2:2" (chroma halved in width) or "4:2:0" (in both directions).
         layout: "planar" gives y [B, F, h, w] and cbcr [B, 2F, h', w'], Cb's F frequencies before Cr's; "blocks" gives
             y [B, 1, h, w, F] and cbcr [B, 2, h', w', F]. h = ceil(H / 8), w = ceil(W / 8); for 4:2:0 h' = ceil(H / 16) and
