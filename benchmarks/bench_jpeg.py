@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
-import importlib
+import importlib.metadata
 import io
 import os
 import shutil
 import subprocess
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -93,7 +94,7 @@ def tables_of(file: File) -> list[Tensor]:
     return [torch.tensor(table, dtype=torch.float64) for table in found]
 
 
-def over_threads(work: Callable[[Files], list[Any]], given: Files) -> Call:
+def over_threads(work: Callable[[Sequence[Any]], list[Any]], given: Sequence[Any]) -> Call:
     """work(given), shared out over as many Python threads as torch may use."""
     count = torch.get_num_threads()
     if count == 1:
@@ -195,12 +196,14 @@ class Album:
         self.grids, self.cell = [luma, chroma, chroma], (down, across)
 
     @functools.cached_property
-    def folder(self) -> tempfile.TemporaryDirectory[str]:
-        """With the files in it, for readers that know paths only."""
-        folder = tempfile.TemporaryDirectory()
-        for i, file in enumerate(self.files):
-            (Path(folder.name) / f"{i}.jpg").write_bytes(file)
-        return folder
+    def paths(self) -> list[str]:
+        """The files on disk, as long as this lives, for readers that know paths only."""
+        folder = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, folder)
+        paths = [folder / f"{i}.jpg" for i in range(len(self.files))]
+        for path, file in zip(paths, self.files, strict=True):
+            path.write_bytes(file)
+        return [str(path) for path in paths]
 
     @functools.cached_property
     def coefficients(self) -> list[Tensor]:
@@ -271,7 +274,16 @@ def in_loops(loops: Sequence[Loop]) -> list[Tensor]:
 
 
 def jpeg2dct() -> Any:
-    return needed("jpeg2dct.numpy", "jpeg2dct-numpy", "; its licence is for non-commercial use")
+    return needed("jpeg2dct.numpy", "jpeg2dct", "; its licence is for non-commercial use")
+
+
+def jpeg2dct_name() -> str:
+    """Of the package: the original is built against the system's libjpeg, the fork brings a newer one."""
+    try:
+        importlib.metadata.version("jpeg2dct-numpy")
+    except importlib.metadata.PackageNotFoundError:
+        return "jpeg2dct"
+    return "jpeg2dct-numpy"
 
 
 def read_jpeg2dct(p: Album, state: str) -> Call:
@@ -284,13 +296,12 @@ def read_jpeg2dct(p: Album, state: str) -> Call:
 def read_jpeglib(p: Album, state: str) -> Call:
     """From paths: it takes nothing else."""
     read_dct = needed("jpeglib", "jpeglib").read_dct
-    paths = [str(Path(p.folder.name) / f"{i}.jpg") for i in range(len(p.files))]
 
     def planes(path: str) -> tuple[Any, ...]:
         image = read_dct(path)
         return image.Y, image.Cb, image.Cr
 
-    return over_threads(lambda part: [planes(path) for path in part], paths)
+    return over_threads(lambda part: [planes(path) for path in part], p.paths)
 
 
 def in_jpeglib(results: Sequence[tuple[Any, ...]]) -> list[Tensor]:
@@ -313,7 +324,7 @@ def copies(results: Sequence[Any]) -> list[Tensor]:
 
 
 BARE = Contestant("libjpeg-turbo in a C loop", read_bare, tensors=in_loops)
-READERS = (Contestant("jpeg2dct", read_jpeg2dct, tensors=arrays), Contestant("jpeglib", read_jpeglib, tensors=in_jpeglib))
+READERS = (Contestant(jpeg2dct_name(), read_jpeg2dct, tensors=arrays), Contestant("jpeglib", read_jpeglib, tensors=in_jpeglib))
 DECODERS = (
     Contestant("simplejpeg to RGB", decode_simplejpeg, LEVELS, in_pixels, copies),
     Contestant("Pillow to RGB", decode_pillow, LEVELS, in_pixels, copies),
@@ -491,7 +502,7 @@ def _pipelines(settings: Settings) -> Iterator[Case]:
         problem=functools.partial(Pipeline, photos),
         reference=coefficient_batch,
         ours=Contestant("fourfold", load_ours),
-        rivals=(Contestant("jpeg2dct", load_jpeg2dct), *by_pixels),
+        rivals=(Contestant(jpeg2dct_name(), load_jpeg2dct), *by_pixels),
         tolerance=NORMALISED,
         state="heap",
         handles=(photos.count, "images"),

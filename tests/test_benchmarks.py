@@ -674,11 +674,13 @@ def test_photographs_are_crops_of_one_size_and_quality():
 @pytest.mark.parametrize("photos", [SMALL, SMALL._replace(sampling="4:4:4"), SMALL._replace(progressive=True)], ids=str)
 def test_what_files_hold_does_not_depend_on_who_says_it(photos, monkeypatch):
     """libjpeg in a C loop or, without a compiler, ourselves; and Pillow's pixels are what those coefficients mean."""
-    bench_jpeg.bare_loop.cache_clear()
     try:
-        album = bench_jpeg.Album(photos, torch.device("cpu"))
-        assert not isinstance(bench_jpeg.bare_loop(), str)
-        told = album.coefficients
+        bench_jpeg.bare_loop()
+    except Absent as reason:
+        pytest.skip(f"the C loop: {reason}")
+    album = bench_jpeg.Album(photos, torch.device("cpu"))
+    told = album.coefficients
+    try:
         monkeypatch.setenv("CC", "false")
         bench_jpeg.bare_loop.cache_clear()
         with pytest.raises(Absent, match=r"^false can't build it \(no message\); install libjpeg-turbo's headers$"):

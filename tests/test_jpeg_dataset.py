@@ -260,6 +260,19 @@ def test_train_draws_position_and_mirror_from_torch(save):
     assert len(seen) > 12
 
 
+def test_under_another_default_device(files):
+    """Random numbers are drawn, and coefficients lie, on the CPU all the same."""
+    data = DctDataset(files, size=16, train=True)
+    torch.manual_seed(1)
+    wanted = data[0]
+    torch.manual_seed(1)
+    with torch.device("meta"):
+        item = data[0]
+        listed = DctDataset(files, mean=[0.0] * 64)[0]
+    assert_items_equal([item], [wanted])
+    assert_items_equal([listed], [DctDataset(files)[0]])
+
+
 def test_train_reaches_every_position(save):
     data = DctDataset([save("x.jpg", 48, 33)], size=16, train=True)
     positions = Counter(tuple(data[0][0].flatten()[:5].tolist()) for _ in range(240))
