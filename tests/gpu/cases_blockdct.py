@@ -140,8 +140,8 @@ def nothing_to_do(ops, device):
 
 
 def normalize_matches(op, layout, dtype, device, rtol=0.0):
-    """dct_normalize bit for bit: it rounds where the reference does. But the CPU multiplies by 1 / std, which is rounded as well:
-    a result may be off by two units in the last place of what it is computed in, and a 16-bit one by one of its own."""
+    """dct_normalize bit for bit: it rounds where the reference does. But the CPU multiplies by 1 / std, which is rounded as
+    well: a result may be off by two units in the last place of what it is computed in, a 16-bit one by one of its own."""
     on_cpu = device.type == "cpu" and op is torch.ops.fourfold.dct_normalize
     draw = random.Random(f"{layout} {dtype}")
     torch.manual_seed(draw.randrange(2**31))
