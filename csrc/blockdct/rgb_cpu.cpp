@@ -25,6 +25,17 @@ const Kernels& kernels() {
   return best;
 }
 
+// Memory of the calling thread, kept for its next call; null if there is none to be had. Not on its stack, which may be small.
+void* scratch_of_thread(size_t bytes) {
+  thread_local std::unique_ptr<void, decltype(&std::free)> kept(nullptr, &std::free);
+  thread_local size_t size = 0;
+  if (size < bytes) {
+    kept.reset(std::aligned_alloc(64, bytes));
+    size = kept ? bytes : 0;
+  }
+  return kept.get();
+}
+
 Pixel pixel_of(const Tensor& rgb) {
   if (rgb.scalar_type() == ScalarType::Byte) return kByte;
   switch (element_of(rgb)) {
@@ -77,7 +88,6 @@ std::tuple<Tensor, Tensor> rgb_to_dct(const Tensor& rgb, std::string subsampling
     if (!floats.empty()) job.scale[k] = floats.data() + 64 * k;
   }
   const Transform transform = kernels().transform[pixel_of(call.rgb)];
-  // On the heap: a thread's stack may be smaller.
   std::atomic<bool> lacks_memory{false};
   const size_t scratch_bytes = kernels().scratch_bytes[pixel_of(call.rgb)];
   const char* from = static_cast<const char*>(call.rgb.const_data_ptr());
@@ -86,7 +96,7 @@ std::tuple<Tensor, Tensor> rgb_to_dct(const Tensor& rgb, std::string subsampling
   const Tiling tiling(call);
   const int64_t tiles = tiling.count();
   torch::stable::parallel_for(0, call.luma.B * tiles, 1, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, scratch_bytes), &std::free);
+    void* const scratch = scratch_of_thread(scratch_bytes);
     if (scratch == nullptr) {  // an exception could not leave this thread
       lacks_memory = true;
       return;
@@ -95,7 +105,7 @@ std::tuple<Tensor, Tensor> rgb_to_dct(const Tensor& rgb, std::string subsampling
       const int64_t b = number / tiles;
       char* cb = chroma + b * call.chroma.coef_b * bytes;
       transform(job, tiling.tile(number % tiles), from + b * sample, luma + b * call.luma.coef_b * bytes, cb,
-                cb + call.chroma.coef_c * bytes, scratch.get());
+                cb + call.chroma.coef_c * bytes, scratch);
     }
   });
   if (lacks_memory)

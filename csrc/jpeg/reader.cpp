@@ -152,8 +152,8 @@ void on_message(j_common_ptr info, int level) {
   fail(info, "%s%s", message, kLenient);
 }
 
-// As many scans may a frame of max_pixels have; a smaller one may have more. Usual progressive files have 10.
-constexpr int64_t kScansOfLargest = 16;
+// As many scans may a frame of max_pixels have; a smaller one may have more. libjpeg's progressive files have 10, of CMYK 18.
+constexpr int64_t kScansOfLargest = 20;
 
 void on_progress(j_common_ptr info) {
   Session& s = session_of(info);

@@ -11,7 +11,7 @@ namespace fourfold::jpeg {
 
 struct Limits {
   bool strict;         // a warning of libjpeg is an error, a missing end marker alone excepted
-  int64_t max_pixels;  // of the frame; all scans together may walk over 16 times as many
+  int64_t max_pixels;  // of the frame; all scans together may walk over 20 times as many
   int64_t max_scans;
 };
 

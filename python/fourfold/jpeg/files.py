@@ -155,7 +155,7 @@ def read(source: Source, *, strict: bool = True, max_pixels: int = 2**28, max_sc
         strict: refuse a file with any flaw that libjpeg would pass over with a warning, a missing end marker alone excepted.
             False: what could not be read is zero, and the result's ``warnings`` counts the flaws.
         max_pixels: refuse a frame of more pixels, before any memory is allocated for it, and one whose scans walk over more
-            than 16 times as many: a small file can keep its reader busy for long.
+            than 20 times as many: a small file can keep its reader busy for long.
         max_scans: refuse a file of more scans.
 
     Raises:
