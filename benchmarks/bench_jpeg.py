@@ -296,6 +296,8 @@ def read_jpeg2dct(p: Album, state: str) -> Call:
 def read_jpeglib(p: Album, state: str) -> Call:
     """From paths: it takes nothing else."""
     read_dct = needed("jpeglib", "jpeglib").read_dct
+    if torch.get_num_threads() > 1:
+        raise Absent("jpeglib is not safe in threads: it fails, or ends the process")
 
     def planes(path: str) -> tuple[Any, ...]:
         image = read_dct(path)
