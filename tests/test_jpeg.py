@@ -965,6 +965,17 @@ def test_large_frames_cost_nothing() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 * 1024  # KiB; the frame has 187 MiB
 
 
+def test_a_quantisation_step_of_0() -> None:
+    """Which `write` refuses: read and write are inverses in a strict reading."""
+    data = encoded(photo(16, 16))
+    (start, *_) = [at for marker, at, _ in segments(data) if marker == 0xDB]
+    flawed = patched(data, start + 5, 0)  # behind marker, length, and the table's number
+    refused(flawed, "quantisation table 0 has a step of 0; strict=False reads what is there", strict=True)
+    lenient = jpeg.read(flawed, strict=False)
+    assert lenient.warnings == 1
+    assert lenient.qtables[0][0] == 0
+
+
 def test_files_are_read_as_far_as_they_make_sense(tmp_path: Path) -> None:
     """A file of any size on disk: no more is read than an image can need, and without a frame header 64 MiB."""
     endless, long = tmp_path / "endless.jpg", tmp_path / "long.jpg"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import re
 import sys
 import types
 from collections import Counter
@@ -271,6 +272,20 @@ def test_under_another_default_device(files):
         listed = DctDataset(files, mean=[0.0] * 64)[0]
     assert_items_equal([item], [wanted])
     assert_items_equal([listed], [DctDataset(files)[0]])
+
+
+@pytest.mark.parametrize("fetch", [lambda data: data[0], lambda data: data.__getitems__([0, 0])], ids=["item", "batch"])
+def test_a_coefficient_that_cannot_be_mirrored(files, fetch, monkeypatch):
+    """-32768, which only a broken file can hold: the error names the file, and only mirroring asks for it."""
+    coefs = read(files[0])
+    coefs.components[0].view(-1, 64)[:, 1] = -32768
+    monkeypatch.setattr(dataset_module, "read", lambda *_args, **_options: coefs)
+    monkeypatch.setattr(dataset_module, "read_batch", lambda sources, **_options: [coefs] * len(sources))
+    fetch(DctDataset(files[:1], size=16))
+    torch.manual_seed(0)
+    message = rf"^DctDataset: {re.escape(str(files[0]))}: dct_flip: coefs holds -32768"
+    with pytest.raises(JpegError, match=message):
+        _ = [fetch(DctDataset(files[:1], size=16, train=True)) for _ in range(50)]  # half of them are mirrored
 
 
 def test_train_reaches_every_position(save):

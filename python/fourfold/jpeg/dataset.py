@@ -439,7 +439,7 @@ def collate(items: Sequence[Item]) -> Any:
         y, cbcr = (torch.utils.data.default_collate([item[plane] for item in items]) for plane in (0, 1))
     if len(items[0]) == 2:
         return y, cbcr
-    return y, cbcr, torch.utils.data.default_collate([item[2] for item in items])  # type: ignore[misc]
+    return y, cbcr, torch.utils.data.default_collate([target for _y, _cbcr, *rest in items for target in rest])
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference._dtypes import accumulate_type
-from ..reference.blockdct import replicate_edges
+from ..reference.blockdct import fold_edges, replicate_edges
 from ..reference.blockdct_rgb import LUMA, SUBSAMPLINGS
 from . import _checks as check
 from . import _frequencies as frequencies
@@ -59,14 +59,6 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
     ctx.save_for_forward(kept, scale)
 
 
-def _fold(x: Tensor, size: Sequence[int]) -> Tensor:
-    """The adjoint of repeating the last row and column: what lies beyond size is summed into them."""
-    for dim, length in ((2, size[0]), (3, size[1])):
-        inside = x.narrow(dim, 0, length - 1)
-        x = torch.cat([inside, x.narrow(dim, length - 1, x.shape[dim] - length + 1).sum(dim, keepdim=True)], dim)
-    return x
-
-
 def _adjoint(y: Tensor, cbcr: Tensor, ctx: Any, scale: Tensor | None, work: torch.dtype) -> Tensor:
     v, h = SUBSAMPLINGS[ctx.subsampling]
     luma_scale, chroma_scale = (None, None) if scale is None else (scale[:1], scale[1:])
@@ -74,7 +66,7 @@ def _adjoint(y: Tensor, cbcr: Tensor, ctx: Any, scale: Tensor | None, work: torc
     rows, columns = _grid(ctx.size[0], ctx.size[1], v, h)
     cells = _block_dct_backward(cbcr.to(work), 8, ctx.layout, ctx.freqs, chroma_scale, (8 * rows, 8 * columns))
     spread = (cells / (v * h)).repeat_interleave(v, 2).repeat_interleave(h, 3)
-    folded = _fold(spread, ctx.size)
+    folded = fold_edges(spread, ctx.size)
     blue, red = folded[:, 0] * BLUE, folded[:, 1] * RED
     luma = luma - blue - red
     return torch.stack([LUMA[0] * luma + red, LUMA[1] * luma, LUMA[2] * luma + blue], 1)

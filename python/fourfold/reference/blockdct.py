@@ -63,6 +63,14 @@ def replicate_edges(x: Tensor, rows: int, columns: int) -> Tensor:
     return x[:, :, i][..., j]
 
 
+def fold_edges(x: Tensor, size: Sequence[int]) -> Tensor:
+    """The adjoint of replicate_edges: what lies beyond size (H, W) is summed into the last row and column."""
+    for dim, length in ((2, size[0]), (3, size[1])):
+        inside = x.narrow(dim, 0, length - 1)
+        x = torch.cat([inside, x.narrow(dim, length - 1, x.shape[dim] - length + 1).sum(dim, keepdim=True)], dim)
+    return x
+
+
 def keep(coefs: Tensor, freqs: Sequence[int] | None) -> Tensor:
     """[.., N*N] to the frequencies asked for, [.., F]."""
     return coefs if freqs is None else coefs[..., list(freqs)]
@@ -133,10 +141,7 @@ def block_dct_backward(
     if scale is not None:
         coefs = coefs * scale[:, None, None, :]
     image = inverse_transform(spread(coefs, freqs, block_size), block_size)
-    for dim, length in ((2, size[0]), (3, size[1])):
-        inside = image.narrow(dim, 0, length - 1)
-        image = torch.cat([inside, image.narrow(dim, length - 1, image.shape[dim] - length + 1).sum(dim, keepdim=True)], dim)
-    return like_input(image, grad)
+    return like_input(fold_edges(image, size), grad)
 
 
 def block_idct_backward(
