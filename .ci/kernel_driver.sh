@@ -15,6 +15,8 @@ flags_of() {
     case $word in '${flags_'*) word=${word#'${flags_'} && flags_of "${word%\}}" ;; *) echo "$word" ;; esac
   done
 }
+# A file's own flags: set_source_files_properties(file PROPERTIES COMPILE_OPTIONS flags).
+flags_of_file() { sed -n "s|^set_source_files_properties($1 PROPERTIES COMPILE_OPTIONS \(.*\))|\1|p" CMakeLists.txt; }
 
 mkdir -p "$out"
 common=(-std=c++17 -g -Icsrc -ffp-contract=fast -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized)
@@ -24,7 +26,7 @@ for tier in $tiers; do
     object=${source#csrc/}
     object=$out/$(tr / _ <<<"${object%.cpp}")_$tier.o
     # shellcheck disable=SC2046  # a tier's flags are several words
-    "$@" "${common[@]}" $(flags_of "$tier") -DFOURFOLD_ISA="$tier" -c "$source" -o "$object" &
+    "$@" "${common[@]}" $(flags_of "$tier") $(flags_of_file "$source") -DFOURFOLD_ISA="$tier" -c "$source" -o "$object" &
     objects+=("$object")
   done
 done

@@ -96,8 +96,36 @@ SERIES = Layer((16, 64, 2048), 64, 3, 1, "a sensor series of 2048 steps")
 VOLUME = Layer((2, 16, 16, 48, 48), 32, 3, 1, "a crop of a medical volume")
 DECODER = Layer((16, 64, 32, 32), 32, 4, 2, "an image decoder's doubling layer", transposed=True)
 
+
+class Linear(NamedTuple):
+    """A linear layer and how many rows of x it meets at once."""
+
+    rows: int  # N of its weight [N, K]
+    columns: int  # K
+    batch: int  # M
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.columns}, M={self.batch}"
+
+
+SQUARE = Linear(1024, 1024, 64, "an attention projection of a transformer of width 1024, such as BERT-large or ViT-L")
+FEED_FORWARD = Linear(4096, 1024, 64, "the first feed-forward layer of a transformer of width 1024")
+PROJECTION = Linear(4096, 4096, 64, "an attention projection of a language model of width 4096, such as Llama 7B")
+LENET = (
+    Linear(300, 784, 60, "LeNet-300-100's first layer, MNIST in batches of 60: the lottery-ticket papers' network"),
+    Linear(100, 300, 60, "LeNet-300-100's second layer"),
+)
+SUPSUP = Linear(1024, 1024, 16, "SupSup's fully connected network on permuted MNIST: hidden layers of 1024")
+CONV6 = (
+    Layer((60, 64, 32, 32), 64, 3, 1, "Conv-6's second layer, CIFAR-10 in batches of 60: the lottery-ticket papers' network"),
+    Layer((60, 128, 16, 16), 128, 3, 1, "Conv-6's fourth layer"),
+    Layer((60, 256, 8, 8), 256, 3, 1, "Conv-6's sixth layer"),
+)
+
 RANDOM_RANGE = "B odd in 1..15, C in 1..4, H and W in 97..640"
 RANDOM_LAYERS = "B odd in 1..15, 1..96 channels in and out, H and W in 17..160, 1 x 1 or 3 x 3, stride 1 or 2"
+RANDOM_LINEARS = "N and K in 33..2000, M in 1..200"
 
 
 def random_images(seed: int, count: int = 6) -> list[Shape]:
@@ -123,5 +151,14 @@ def random_layers(seed: int, count: int = 6) -> list[Layer]:
             draw.choice((1, 2)),
             f"seed {seed}: {RANDOM_LAYERS}",
         )
+        for _ in range(count)
+    ]
+
+
+def random_linears(seed: int, count: int = 6) -> list[Linear]:
+    """`count` linear layers drawn from RANDOM_LINEARS."""
+    draw = random.Random(seed)
+    return [
+        Linear(draw.randint(33, 2000), draw.randint(33, 2000), draw.randint(1, 200), f"seed {seed}: {RANDOM_LINEARS}")
         for _ in range(count)
     ]

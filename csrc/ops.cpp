@@ -39,4 +39,46 @@ STABLE_TORCH_LIBRARY(fourfold, m) {
       "_add_map_(Tensor(a!) y, Tensor tables, Tensor classes, int[] class_count, Tensor? dense, str activation, "
       "Tensor(b!)? activated) -> ()");
   m.def("_batch_sum(Tensor grad, Tensor? relu_output) -> (Tensor, Tensor)");
+
+  // maskmm: bits are uint8 [N, 8 * ceil(K / 64)], row-major, bit k of a row in bit k % 8 of byte k / 8, pad bits zero; masks are
+  // such bits [T, ..]. A weight, scores or mask [N, ...] counts as N rows of K. seed: int64, one element, all 64 bits of it;
+  // offset is 64 bits too.
+  m.def("pack_mask(Tensor mask) -> Tensor");
+  m.def("unpack_mask(Tensor bits, SymInt k) -> Tensor");
+  m.def("bernoulli_mask(Tensor scores, Tensor seed, int offset) -> Tensor");
+  m.def("topk_mask(Tensor scores, float density, bool abs) -> Tensor");
+  m.def("threshold_mask(Tensor scores, float threshold) -> Tensor");
+  // The effective weight is weight where the bit is set, else 0, times the sign of scores where signed, times n / ones where
+  // rescale is "dwr" or "dwr_grad". slope is the factor of the straight-through gradient: "sigmoid", "sign" or "one".
+  m.def("_apply_mask(Tensor weight, Tensor bits, Tensor? scores, bool signed, str rescale, ScalarType dtype) -> Tensor");
+  // From the gradient of the effective weight those of weight and scores, as wanted; the others are empty.
+  m.def(
+      "_mask_gradients(Tensor grad, Tensor weight, Tensor bits, Tensor? scores, str slope, bool signed, str rescale, "
+      "bool[2] wanted) -> (Tensor, Tensor)");
+  m.def(
+      "_masked_linear(Tensor x, Tensor weight, Tensor bits, Tensor? bias, Tensor? scores, str slope, bool signed, str "
+      "rescale) -> Tensor");
+  // The gradients of x, weight and scores, as wanted; the others are empty.
+  m.def(
+      "_masked_linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor bits, Tensor? scores, str slope, bool signed, "
+      "str rescale, bool[3] wanted) -> (Tensor, Tensor, Tensor)");
+  // A sparse weight is values [nnz], row-major, with bits; starts [N * S + 1] in int64 is where each piece of `slab` columns
+  // of each row begins in values, S = ceil(K / slab); columns [nnz] holds the low 16 bits of each value's column.
+  m.def("_mask_starts(Tensor bits, SymInt k, SymInt slab) -> Tensor");
+  m.def("_mask_columns(Tensor bits, SymInt nnz) -> Tensor");
+  m.def("_gather_mask(Tensor weight, Tensor bits, SymInt nnz) -> Tensor");
+  m.def("_scatter_mask(Tensor values, Tensor bits, SymInt k) -> Tensor");
+  m.def(
+      "_sparse_linear(Tensor x, Tensor values, Tensor bits, Tensor starts, Tensor? columns, Tensor? bias, str format) -> "
+      "Tensor");
+  m.def(
+      "_sparse_linear_transposed(Tensor grad, Tensor values, Tensor bits, Tensor starts, Tensor? columns, SymInt k, str "
+      "format) -> Tensor");
+  m.def("sddmm(Tensor a, Tensor b, Tensor bits, SymInt nnz) -> Tensor");
+  // Superposed masks: sums over t of alpha[t] * mask t, and the gradients of that and of each sample's own mask.
+  m.def("_superpose(Tensor weight, Tensor masks, Tensor alpha) -> Tensor");
+  m.def("_masked_dots(Tensor a, Tensor b, Tensor masks) -> Tensor");
+  m.def("task_linear(Tensor x, Tensor weight, Tensor masks, Tensor task, Tensor? bias) -> Tensor");
+  m.def("_task_linear_transposed(Tensor grad, Tensor weight, Tensor masks, Tensor task) -> Tensor");
+  m.def("_task_outer(Tensor grad, Tensor x, Tensor masks, Tensor task) -> Tensor");
 }

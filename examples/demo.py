@@ -77,12 +77,12 @@ def clock(call: Call, loops: int) -> float:
     return (time.perf_counter() - start) / loops
 
 
-def compare(op: str, x: Tensor, ours: Call, idioms: dict[str, Call]) -> list[Row]:
-    """Compares results, then lets ours and the idioms take turns."""
+def compare(op: str, x: Tensor, ours: Call, idioms: dict[str, Call], terms: int = 64) -> list[Row]:
+    """Compares results, each value a sum of at most so many products, then lets ours and the idioms take turns."""
     print(f"  timing {op} ...", flush=True)
     result = ours()
-    # Each value is a sum of at most 64 products, rounded in float32.
-    allowed = 64 * torch.finfo(torch.float32).eps * result.abs().max().item()
+    # Every sum is rounded in float32.
+    allowed = terms * torch.finfo(torch.float32).eps * result.abs().max().item()
     differences = {name: (call() - result).abs().max().item() for name, call in idioms.items()}
     for name, difference in differences.items():
         if not difference <= allowed:
@@ -324,7 +324,139 @@ def time_coordconv(images: Tensor) -> list[Row]:
         return compare("coord_conv2d", images, ours, {"concatenation, as published": published, "concatenation, cached": best})
 
 
-SECTIONS = [blockdct, coordconv]  # one per family: prints what it finds, draws its panel, gives its rows
+# ---- maskmm ----------------------------------------------------------------------------------------------------------
+
+
+def maskmm(photos: Tensor, panel: Any) -> list[Row]:
+    """One network of random weights that are never trained, and a learned mask per photo, which makes it paint the photo."""
+    small = F.interpolate(photos / 255, size=(48, 72), mode="area")
+    torch.manual_seed(0)
+    x = waves(*small.shape[2:], count=128)  # [pixels, 256]
+    weights = [torch.nn.Linear(a, b, bias=False) for a, b in ((256, 256), (256, 256), (256, 3))]
+    for layer in weights:
+        torch.nn.init.normal_(layer.weight, std=(4 / layer.in_features) ** 0.5)  # He's, and half of them will be dropped
+    bank = [ff.nn.SuperposedLinear.from_linear(layer) for layer in weights]
+
+    painted = []
+    for photo in small:
+        network = learn_masks(weights, x, photo.flatten(1).T)
+        with torch.no_grad():
+            painted.append(network(x))
+        for layer, learned in zip(bank, network[::2], strict=True):
+            layer.add_task(learned.make_mask())
+    with torch.no_grad():
+        for task, alone in enumerate(painted):
+            if not torch.equal(through(bank, x, task), alone):
+                sys.exit("a mask among others gives another result than alone")
+        first, second, third = weights
+        maskless = third(second(first(x).relu()).relu())
+    count = sum(layer.weight.numel() for layer in bank)
+    bits = sum(layer.mask_bits[0].numel() for layer in bank)
+    print(f"  {len(small)} masks over {count} frozen weights each paint their photo, with the same bits as alone;")
+    print(f"  a mask takes {bits / 1024:.3g} KiB, as a float mask {4 * count / 1024:.3g}")
+    draw_maskmm(panel, small, maskless, painted, bank[1])
+    return time_maskmm(photos)
+
+
+def waves(height: int, width: int, count: int) -> Tensor:
+    """[height * width, 2 * count]: sines and cosines of every pixel's place, of random frequencies."""
+    places = torch.cartesian_prod(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width))
+    phases = places @ (5 * torch.randn(2, count))
+    return torch.cat([phases.sin(), phases.cos()], 1)
+
+
+def learn_masks(weights: list[torch.nn.Linear], x: Tensor, target: Tensor, steps: int = 100) -> torch.nn.Sequential:
+    """The network of these weights, half of them kept: those that paint the target [pixels, 3]."""
+    first, second, third = (ff.nn.SupermaskLinear.from_linear(layer, sampler="topk", density=0.5) for layer in weights)
+    network = torch.nn.Sequential(first, torch.nn.ReLU(), second, torch.nn.ReLU(), third)
+    optimiser = torch.optim.Adam([layer.scores for layer in (first, second, third)], lr=0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    for _ in range(steps):
+        some = torch.randint(len(x), (384,))
+        optimiser.zero_grad()
+        F.mse_loss(network(x[some]), target[some]).backward()
+        optimiser.step()
+        schedule.step()
+    return network.eval()
+
+
+def through(bank: list[Any], x: Tensor, task: int) -> Tensor:
+    """The network of one task."""
+    first, second, third = bank
+    result: Tensor = third(second(first(x, task).relu(), task).relu(), task)
+    return result
+
+
+def draw_maskmm(panel: Any, small: Tensor, maskless: Tensor, painted: list[Tensor], layer: Any) -> None:
+    """Each photo, what the weights paint by themselves and under its mask, and a part of the mask."""
+    axes = panel.subplots(len(small), 4)
+    for task, (line, target) in enumerate(zip(axes, small, strict=True)):
+        alone, without = (image.T.reshape(target.shape) for image in (painted[task], maskless))
+        error = (alone - target).square().mean().sqrt().item()
+        bits = ff.unpack_mask(layer.mask_bits[task], layer.in_features)[:48, :72]
+        columns = {
+            f"{target.shape[1]} x {target.shape[2]} pixels": target,
+            "random weights, no mask": without,
+            f"the same weights, half of them kept by mask {task}: error {error:.2f}": alone,
+            f"a part of mask {task}": bits.expand(3, -1, -1).float(),
+        }
+        for ax, (name, image) in zip(line, columns.items(), strict=True):
+            ax.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+            ax.set_title(name)
+            ax.set_axis_off()
+
+
+def time_maskmm(photos: Tensor) -> list[Row]:
+    """A training step of a supermask layer on the photos' gray tiles, and a pruned layer, beside what people write."""
+    torch.manual_seed(0)
+    b, _, height, width = photos.shape
+    h, w = height // 32, width // 32
+    gray = photos[:, :, : h * 32, : w * 32].mean(1) / 255 - 0.5
+    tiles = gray.view(b, h, 32, w, 32).permute(0, 1, 3, 2, 4).reshape(-1, 1024)
+    weight, scores = torch.randn(1024, 1024) / 32, torch.randn(1024, 1024, requires_grad=True)
+    density = 0.1
+    dropped = int((1 - density) * scores.numel())
+
+    def step(y: Tensor) -> Tensor:
+        return torch.autograd.grad(y, scores, y.detach())[0]  # that of the sum of squares, halved
+
+    def popup(mask: Tensor) -> Tensor:
+        magnitude = scores.abs()
+        return step(F.linear(tiles, weight * (mask + (magnitude - magnitude.detach()))))
+
+    def sorting() -> Tensor:
+        order = scores.detach().abs().flatten().argsort()
+        return popup(torch.zeros(scores.numel()).index_fill_(0, order[dropped:], 1).view_as(scores))
+
+    def selecting() -> Tensor:
+        magnitude = scores.detach().abs()
+        return popup((magnitude > magnitude.flatten().kthvalue(dropped).values).float())
+
+    def ours() -> Tensor:
+        return step(ff.supermask_linear(tiles, weight, scores, sampler="topk", density=density))
+
+    few = tiles[:8]
+    mask = ff.unpack_mask(ff.topk_mask(scores, density), 1024)
+    pruned, floats = weight * mask, mask.float()
+    sparse = ff.compress(weight, mask, batch_hint=len(few))
+    mib, dense = (size / 2**20 for size in (sparse.nbytes, weight.nbytes))
+    print(f"  compress keeps {density:.0%} of a layer as {sparse.format!r}: {mib:.2g} of {dense:.2g} MiB")
+    return [
+        *compare("supermask_linear, trained", tiles, ours, {"sort": sorting, "kthvalue": selecting}, 1024 + len(tiles)),
+        *compare(
+            "sparse_linear",
+            few,
+            lambda: ff.sparse_linear(few, sparse),
+            {
+                "linear(x, W * mask)": lambda: F.linear(few, weight * floats),
+                "linear(x, W), zeros in W": lambda: F.linear(few, pruned),
+            },
+            1024,
+        ),
+    ]
+
+
+SECTIONS = [blockdct, coordconv, maskmm]  # one per family: prints what it finds, draws its panel, gives its rows
 
 
 def main() -> None:

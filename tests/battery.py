@@ -38,6 +38,8 @@ TOLERANCE = {
     torch.bfloat16: (2.0**-8, 2e-6),
     torch.float32: (1e-6, 2e-6),
     torch.float64: (1e-14, 1e-14),
+    torch.uint8: (0.0, 0.0),
+    torch.bool: (0.0, 0.0),
 }
 
 ACCUMULATE = {**dict.fromkeys(FLOATING, torch.float32), torch.float64: torch.float64}
@@ -76,10 +78,13 @@ class Sample:
     def run(self, call: Callable[..., Any], **more: Any) -> Any:
         return call(*self.args, **self.kwargs, **more)
 
-    def of_floats(self, call: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
-        """The call as a function of the sample's floating tensors alone, and these."""
+    def of_floats(self, call: Callable[..., Any], without: int | None = None) -> tuple[Callable[..., Any], tuple[Tensor, ...]]:
+        """The call as a function of the sample's floating tensors alone, and these; but for the argument of that place."""
         flat, structure = tree_flatten((self.args, self.kwargs))
-        places = [i for i, value in enumerate(flat) if isinstance(value, Tensor) and value.is_floating_point()]
+        fixed = None if without is None else self.args[without]
+        places = [
+            i for i, value in enumerate(flat) if isinstance(value, Tensor) and value.is_floating_point() and value is not fixed
+        ]
 
         def function(*tensors: Tensor) -> Any:
             values = list(flat)
@@ -114,13 +119,20 @@ class Op:
     large: Callable[[torch.dtype], Sample]  # work for several threads, and results larger than the caches
     refusals: Callable[[], list[Refusal]]
     out: str | None = None  # the op behind out=, if there is one
-    dtypes: tuple[torch.dtype, ...] = FLOATING
+    dtypes: tuple[torch.dtype, ...] = FLOATING  # of the results
     differentiable: bool = True  # internal ops may have no gradient formula: they serve inside those of others
+    straight_through: int | None = None  # the argument that results depend on by steps: its gradient is the reference's
+    autocast: Callable[..., Tensor] | None = None  # what autocast to bfloat16 makes of a call, if it makes a difference
     excused: dict[str, str] = dataclasses.field(default_factory=dict)  # checks that ask too much of an internal op: why
 
     @property
     def internal(self) -> bool:
         return self.name.startswith("_")
+
+    @property
+    def floating(self) -> bool:
+        """Whether it gives numbers: bits have no gradient and hold no NaN."""
+        return all(dtype.is_floating_point for dtype in self.dtypes)
 
     def all_samples(self) -> Iterator[tuple[torch.dtype, Sample]]:
         for dtype in self.dtypes:
@@ -293,7 +305,9 @@ OF_GRADIENTS: set[str] = {"gradients_are_right", "gradients_match_reference", "w
 def applies(op: Op, function: Check) -> bool:
     """Whether the check is one of the op's."""
     name = function.__name__
-    if not op.differentiable and name in OF_GRADIENTS:
+    if not (op.differentiable and op.floating) and name in OF_GRADIENTS:
+        return False
+    if name == "keeps_nan_in_its_place" and not op.floating:
         return False
     if name == "passes_opcheck" and not torch._C._jit_get_schemas_for_operator(f"fourfold::{op.name}"):
         return False  # a composite: its ops are checked themselves
@@ -362,6 +376,8 @@ def keeps_nan_in_its_place(op: Op) -> None:
         for i, tensor in enumerate(sample.tensors):
             if not tensor.is_floating_point() or not tensor.numel():
                 continue
+            if op.straight_through is not None and tensor is sample.args[op.straight_through]:
+                continue  # no step is a NaN's: it is refused
 
             def spoil(t: Tensor) -> Tensor:
                 t = t.clone()
@@ -381,7 +397,7 @@ def writes_every_element(op: Op) -> None:
         expected = sample.run(op.call)
         with poisoned_memory():
             assert_same(sample.run(op.call), expected, f"{sample.label} ({dtype})")
-    for sample in op.small() if op.differentiable else ():
+    for sample in op.small() if op.differentiable and op.floating else ():
         expected_gradients = gradients(op.call, sample)
         with poisoned_memory():
             for gradient, expected in zip(gradients(op.call, sample), expected_gradients, strict=True):
@@ -457,7 +473,7 @@ def out_argument_is_refused(op: Op) -> None:
 def gradients_are_right(op: Op) -> None:
     """Once, twice and forward, by finite differences, and equal to autograd through the reference."""
     for sample in op.small():
-        function, tensors = sample.of_floats(op.call)
+        function, tensors = sample.of_floats(op.call, op.straight_through)
         tracked = tuple(t.detach().clone().requires_grad_() for t in tensors)
         assert gradcheck(function, tracked, check_forward_ad=True, check_batched_grad=True), sample.label
         assert gradgradcheck(function, tracked, check_fwd_over_rev=True), sample.label
@@ -513,7 +529,7 @@ def compiles(op: Op) -> None:
             out = torch.full_like(expected, float("nan"))
             sample.run(compiled, out=out)
             assert_same(out, expected, f"{sample.label} into out=")
-        if not op.differentiable:
+        if not (op.differentiable and op.floating):
             continue
         for gradient, wanted in zip(gradients(compiled, sample), gradients(op.call, sample), strict=True):
             assert_same(gradient, wanted, f"gradient of {sample.label}")
@@ -542,11 +558,12 @@ def compiles_with_inductor(op: Op) -> None:
     sample = op.small()[0]
 
     def surrounded(*args: Any, **kwargs: Any) -> Tensor:
-        return op.call(args[0] * 2, *args[1:], **kwargs).sin()
+        first = args[0] * 2 if args[0].is_floating_point() else args[0].flip(0)
+        return op.call(first, *args[1:], **kwargs).sin()
 
     compiled = torch.compile(surrounded, fullgraph=True)
     pairs = [(sample.run(compiled), sample.run(surrounded))]
-    if op.differentiable:
+    if op.differentiable and op.floating:
         pairs += zip(gradients(compiled, sample), gradients(surrounded, sample), strict=True)
     for actual, expected in pairs:
         assert_close(actual, expected, sample.label, slack=10)
@@ -565,7 +582,7 @@ def exports(op: Op) -> None:
     module = Module()
     assert_same(torch.export.export(module, (first,)).module()(first), module(first), "static")
     program = torch.export.export(module, (first,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    for x in (first, torch.cat([first, first + 1, first])):
+    for x in (first, torch.cat([first, first + 1 if first.is_floating_point() else first.flip(0), first])):
         assert_same(program.module()(x), module(x), f"batch of {x.shape[0]}")
 
 
@@ -626,10 +643,16 @@ def works_in_vmap(op: Op) -> None:
 
 @check()
 def autocast_changes_nothing(op: Op) -> None:
-    for _dtype, sample in op.all_samples():
+    """Or what the op says that it changes: the result is in bfloat16 then, of arguments in it; float64 is left alone."""
+    for dtype, sample in op.all_samples():
         expected = sample.run(op.call)
         with torch.autocast("cpu", torch.bfloat16):
-            assert_same(sample.run(op.call), expected, sample.label)
+            result = sample.run(op.call)
+        if op.autocast is None or dtype == torch.float64:
+            assert_same(result, expected, sample.label)
+        else:
+            assert result.dtype == torch.bfloat16, f"{sample.label}: {result.dtype}"
+            assert_close(result, sample.run(op.autocast), f"{sample.label} ({dtype})")
 
 
 @check()

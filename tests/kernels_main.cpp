@@ -1,5 +1,5 @@
 // The kernels of every tier that this processor runs, against naive loops in double, without torch and Python: block DCT here,
-// rgb_to_dct in kernels_rgb.h, CoordConv in kernels_coordconv.h.
+// rgb_to_dct in kernels_rgb.h, CoordConv in kernels_coordconv.h, masks in kernels_maskmm.h.
 // Buffers have exactly the size that is needed, so that a stray access is seen. For one tier:
 //
 //   g++ -std=c++17 -O0 -g -fsanitize=address,undefined -march=x86-64-v3 -DFOURFOLD_ISA=avx2 -Icsrc
@@ -23,15 +23,23 @@
 #include "blockdct/rgb.h"
 #include "common/isa.h"
 #include "coordconv/kernels.h"
+#include "maskmm/kernels.h"
 
 #define DECLARE(tier)                                \
   namespace fourfold::tier {                         \
   extern const blockdct::Kernels blockdct_kernels;   \
   extern const rgbdct::Kernels rgbdct_kernels;       \
   extern const coordconv::Kernels coordconv_kernels; \
+  extern const maskmm::Kernels maskmm_kernels;       \
+  extern const sampling::Kernels sampling_kernels;   \
   }
-#define ENTRY(tier) \
-  {fourfold::Tier::tier, &fourfold::tier::blockdct_kernels, &fourfold::tier::rgbdct_kernels, &fourfold::tier::coordconv_kernels}
+#define ENTRY(tier)                    \
+  {fourfold::Tier::tier,               \
+   &fourfold::tier::blockdct_kernels,  \
+   &fourfold::tier::rgbdct_kernels,    \
+   &fourfold::tier::coordconv_kernels, \
+   &fourfold::tier::maskmm_kernels,    \
+   &fourfold::tier::sampling_kernels}
 #if defined(FOURFOLD_ISA)
 DECLARE(FOURFOLD_ISA)
 #elif defined(__x86_64__)
@@ -55,6 +63,8 @@ const struct {
   const Kernels* kernels;
   const fourfold::rgbdct::Kernels* rgb;
   const fourfold::coordconv::Kernels* coordconv;
+  const fourfold::maskmm::Kernels* maskmm;
+  const fourfold::sampling::Kernels* sampling;
 } kTiers[] = {
 #if defined(FOURFOLD_ISA)
     ENTRY(FOURFOLD_ISA),
@@ -428,10 +438,11 @@ void test_normalize(const Kernels& kernels, const char* tier) {
 }  // namespace
 
 #include "kernels_coordconv.h"
+#include "kernels_maskmm.h"
 #include "kernels_rgb.h"
 
 int main() {
-  for (const auto& [tier, kernels, rgb, coordconv] : kTiers) {
+  for (const auto& [tier, kernels, rgb, coordconv, maskmm, sampling] : kTiers) {
     const char* name = fourfold::name_of(tier);
     if (tier > fourfold::machine_tier()) {
       std::printf("%s: not run, this processor lacks it\n", name);
@@ -442,6 +453,7 @@ int main() {
     test_normalize(*kernels, name);
     test_rgb(*rgb, name);
     test_coordconv(*coordconv, name);
+    test_maskmm(*maskmm, *sampling, name);
     std::printf("%s: %ld comparisons, %ld failed\n", name, checked, failed);
     if (failed) return 1;
   }

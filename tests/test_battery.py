@@ -12,12 +12,15 @@ import pytest
 import torch
 from battery import Op, Refusal, Sample, run_script
 from test_blockdct import OPS
+from test_maskmm import OPS as MASK_OPS
 from torch import Tensor
 from torch._dynamo.exc import Unsupported
 from torch.autograd.gradcheck import GradcheckError
 from torch.testing._internal.optests import OpCheckError
 
 DCT, IDCT = OPS[:2]
+#: One that gives bits, and one with a straight-through gradient, in autocast's type.
+PACK, SUPERMASK = (next(op for op in MASK_OPS if op.name == name) for name in ("pack_mask", "supermask_linear"))
 
 
 def broken(change: Callable[..., Tensor], op: Op = DCT, **more: Any) -> Op:
@@ -157,8 +160,26 @@ def of_autocast(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return y.bfloat16().to(y.dtype) if torch.is_autocast_enabled("cpu") else y
 
 
+def a_bit_off(mask: Tensor) -> Tensor:
+    bits = PACK.call(mask)
+    bits.view(-1)[-1:] ^= 1
+    return bits
+
+
+def with_half_the_slope(x: Tensor, weight: Tensor, scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return SUPERMASK.call(x, weight, (scores + scores.detach()) / 2, *args, **kwargs)
+
+
+def deaf_to_autocast(*args: Any, **kwargs: Any) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return SUPERMASK.call(*args, **kwargs)
+
+
 def test_the_battery_passes_without_a_fault():
     battery.matches_reference(DCT)
+    battery.matches_reference(PACK)
+    battery.gradients_match_reference(SUPERMASK)
+    battery.autocast_changes_nothing(SUPERMASK)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +214,9 @@ def test_the_battery_passes_without_a_fault():
         (battery.works_in_vmap, broken(past_the_transforms)),
         (battery.works_in_vmap, broken(of_first_sample)),
         (battery.autocast_changes_nothing, broken(of_autocast)),
+        (battery.autocast_changes_nothing, broken(deaf_to_autocast, SUPERMASK)),
+        (battery.matches_reference, broken(a_bit_off, PACK)),
+        (battery.gradients_match_reference, broken(with_half_the_slope, SUPERMASK)),
         (battery.refuses_wrong_input, broken(ff.block_dct, refusals=list)),
         (
             battery.refuses_wrong_input,

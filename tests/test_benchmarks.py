@@ -14,7 +14,17 @@ import fourfold
 import pytest
 import torch
 from fourfold.benchmarks import __main__ as program
-from fourfold.benchmarks import bench_files, bench_jpeg, cases, every_case, harness, report
+from fourfold.benchmarks import (
+    bench_files,
+    bench_jpeg,
+    bench_maskmm,
+    bench_maskmm_sparse,
+    bench_maskmm_superposed,
+    cases,
+    every_case,
+    harness,
+    report,
+)
 from fourfold.benchmarks.harness import Absent, Case, Contestant, Group, Session, Settings, Tolerance
 from fourfold.benchmarks.options import add_options, to_arguments, to_settings
 
@@ -534,7 +544,13 @@ def test_list(capsys):
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["--family", "nope"], "--family: must be one of blockdct, blockdct_domain, blockdct_rgb, coordconv, jpeg, got 'nope'"),
+        (
+            ["--family", "nope"],
+            (
+                "--family: must be one of blockdct, blockdct_domain, blockdct_rgb, coordconv, jpeg, maskmm, maskmm_sparse, "
+                "maskmm_superposed, got 'nope'"
+            ),
+        ),
         (["--op", "nope"], "no case fits"),
         (["--threads", "0"], "must be thread counts like 1 or 1,2, got '0'"),
         (["--threads", "1,two"], "must be thread counts like 1 or 1,2, got '1,two'"),
@@ -588,6 +604,12 @@ def test_random_layers_lie_in_the_stated_range_and_follow_the_seed():
             b, c, height, width = layer.input
             assert b % 2 == 1 and 1 <= b <= 15 and 1 <= c <= 96 and 1 <= layer.channels <= 96
             assert 17 <= height <= 160 and 17 <= width <= 160 and layer.kernel in {1, 3} and layer.stride in {1, 2}
+    for seed in range(50):
+        for rows, columns, batch, _ in cases.random_linears(seed):
+            assert 33 <= rows <= 2000 and 33 <= columns <= 2000 and 1 <= batch <= 200
+    drawn = every_case(Settings(random_shapes=True, seed=5, family="maskmm"))
+    sizes = {f"{rows}x{columns}" for rows, columns, *_ in cases.random_linears(5)}
+    assert drawn and all(any(size in case.label for size in sizes) for case in drawn)
     drawn = every_case(Settings(random_shapes=True, seed=5, family="coordconv"))
     sizes = {layer.input for layer in cases.random_layers(5)}
     assert drawn and all(any("x".join(map(str, size)) in case.label for size in sizes) for case in drawn)
@@ -648,6 +670,93 @@ def test_coord_conv_races_the_nine_layers_in_every_mode_against_both_concatenati
     assert set(groups) == {name for name in wanted if compiles or not name.startswith("compiled")}
     labels = {str(layer) for layer in cases.LAYERS}
     assert len(labels) == 9 and all(found == labels for found in groups.values())
+
+
+# --- masks ----------------------------------------------------------------------------------------------------------------
+
+SMALL_LINEAR = cases.Linear(20, 70, 5, "rows that don't fill whole words")
+SMALL_CONV = cases.Layer((2, 3, 7, 6), 4, 3, 1, "small")
+
+
+def test_sparse_inference_races_the_whole_grid():
+    found = {}
+    for case in every_case(Settings(family="maskmm_sparse")):
+        if case.group and case.group.name in {f"M={m}" for m in (1, 8, 64, 512)}:
+            found.setdefault(case.group.name, set()).add(case.label)
+            names = {rival.name for rival in case.rivals}
+            assert {"dense", "dense in bfloat16", "weight * float mask", "MKL sparse, x transposed"} <= names
+            assert any("torch CSR" in name for name in names)
+    densities = (0.5, 0.3, 0.2, 0.1, 0.05, 0.02)
+    grid = {f"{size}, density {density}" for size in ("4096x4096", "4096x1024") for density in densities}
+    assert found == {f"M={m}": grid for m in (1, 8, 64, 512)}
+    flushed = [case for case in every_case(Settings(family="maskmm_sparse")) if case.group and "flushed" in case.group.name]
+    assert len(flushed) == 6 and all(case.group.limit == 1.25 and case.yardsticks for case in flushed)
+
+
+def test_what_backward_saves_is_told_of_every_trained_mask():
+    for case in every_case(Settings(family="maskmm")):
+        trained = case.op.startswith(("masked_", "supermask_")) and "forward" not in case.title and not case.overhead
+        assert (case.held is not None) == (trained or "retraining" in case.title or "gradient of alpha" in case.title)
+        assert not trained or case.yardsticks[0].reference is not None
+
+
+def _small_mask_cases(monkeypatch) -> list[Case]:
+    monkeypatch.setattr(cases, "random_linears", lambda seed: [SMALL_LINEAR] * 6)
+    settings = Settings(quick=True, random_shapes=True, family="maskmm")
+    drawn = {case.name: case for case in every_case(settings)}  # the six are one
+    modes = (bench_maskmm.FIXED, bench_maskmm.BERNOULLI, bench_maskmm.EDGE_POPUP, bench_maskmm.THRESHOLD)
+    given = [bench_maskmm._layer(settings, place, mode) for place in (SMALL_LINEAR, SMALL_CONV) for mode in modes]
+    given += [bench_maskmm._bits(settings, op, SMALL_LINEAR._replace(columns=128)) for op in ("pack_mask", "unpack_mask")]
+    given += [bench_maskmm_sparse._retraining(settings, SMALL_LINEAR, 0.3)]
+    given += [bench_maskmm_sparse._inference(settings, SMALL_LINEAR._replace(batch=1), 0.3)]
+    given += [bench_maskmm_sparse._inference(settings, SMALL_LINEAR, 0.3, torch.bfloat16)]
+    given += [bench_maskmm_superposed._inference(settings, (70, 20, 10), 5, "small")]
+    return [*drawn.values(), *given]
+
+
+def test_every_contestant_for_masks_is_right_on_a_small_layer(session, monkeypatch):
+    torch.set_num_threads(1)
+    small = _small_mask_cases(monkeypatch)
+    assert len({case.op for case in small}) == 16
+    for case in small:
+        calls, _, wrong, absent = session._entrants(case)
+        assert not wrong, (case.name, wrong)
+        assert set(absent) <= {"MKL sparse, x transposed"}, (case.name, absent)
+        assert case.ours.name in calls and len(calls) + len(absent) == 1 + len(case.rivals) + len(case.yardsticks)
+
+
+def test_a_sampler_of_other_odds_is_wrong():
+    p = bench_maskmm.Scores((128, 512), True, torch.device("cpu"))
+    expected, tolerance = bench_maskmm.expected_by_score(p), bench_maskmm._odds(p.scores.numel())
+
+    def judged(probabilities):
+        torch.manual_seed(1)  # another seed than the scores'
+        drawn = p.scores, torch.bernoulli(probabilities)
+        return harness.deviation(bench_maskmm.kept_by_score(drawn), expected, tolerance)[1]
+
+    assert judged(p.scores.sigmoid()) is None
+    assert judged((1.2 * p.scores).sigmoid()) is not None
+    assert judged(torch.full_like(p.scores, 0.5)) is not None  # as many on the whole
+
+
+def test_scores_have_one_top_k():
+    for shape in ((20, 70), (300, 784), (1024, 1024)):
+        scores = bench_maskmm.distinct(shape, torch.Generator().manual_seed(0))
+        assert scores.abs().unique().numel() == scores.numel() and scores.abs().max() <= 1 / math.sqrt(shape[1])
+        assert abs((scores > 0).double().mean() - 0.5) < 0.05
+
+
+def test_flushed_weights_take_turns(monkeypatch):
+    monkeypatch.setattr(bench_maskmm_sparse, "FLUSH", 300)
+    made = []
+
+    def prepare(p):
+        number = len(made)
+        made.append(number)
+        return (lambda: number), 100
+
+    call = bench_maskmm_sparse.flushed(prepare)(None, "heap")
+    assert [call() for _ in range(6)] == [0, 1, 2, 3, 0, 1] and len(made) == 4
 
 
 # --- files and networks ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import torch
 from gpu import cases_blockdct as blockdct
 from gpu import cases_blockdct_rgb as rgb
+from gpu import cases_maskmm as maskmm
 from gpu.harness import DTYPES
 
 HERE = Path(__file__).resolve().parent
@@ -142,3 +143,73 @@ def test_rgb_refusals(ops):
     refuses("dtype must be", image, "4:2:0", "planar", None, None, torch.int16)
     refuses("scale must be", image, "4:2:0", "planar", None, torch.ones(1, 64), torch.float32)
     refuses("scale must be", image, "4:2:0", "planar", None, torch.ones(3, 64), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=maskmm.name_of)
+def test_mask_places(ops, dtype):
+    maskmm.places_match(ops, dtype, CPU, shapes=((1, 1), (5, 65), (9, 330)))
+
+
+def test_mask_starts_of_many_pieces(ops):
+    """So many that hundreds of blocks scan them, and one block their totals in three rounds."""
+    bits = torch.randint(256, (1100, 8 * 1000), dtype=torch.uint8)
+    ones = sum(bits >> i & 1 for i in range(8)).view(-1, 8).sum(1)
+    expected = torch.nn.functional.pad(ones.cumsum(0), (1, 0))
+    assert torch.equal(ops._mask_starts(bits, 64000, 64), expected)
+
+
+def test_masks_of_wrong_counts(ops):
+    maskmm.wrong_counts(ops, CPU)
+
+
+def test_masks_off_words(ops):
+    maskmm.off_words(ops, CPU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=maskmm.name_of)
+def test_topk(ops, dtype):
+    maskmm.topk_matches(ops, dtype, CPU, shapes=((1, 1), (5, 65), (6, 3, 3, 3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=maskmm.name_of)
+def test_topk_over_several_blocks(ops, dtype):
+    maskmm.topk_matches(ops, dtype, CPU, shapes=((140, 130),))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=maskmm.name_of)
+def test_sparse_linear(ops, dtype):
+    maskmm.sparse_matches(ops, dtype, CPU, rows=(1, 9), shapes=((1, 1), (20, 130)))
+
+
+def test_sparse_linear_of_many_rows(ops):
+    maskmm.sparse_matches(ops, torch.float32, CPU, rows=(70,), shapes=((9, 130),))
+    maskmm.sparse_matches(ops, torch.float32, CPU, rows=(2,), shapes=((130, 70),))
+
+
+def test_sparse_linear_of_wide_rows(ops):
+    maskmm.wide_rows_match(ops, CPU)
+
+
+def test_mask_refusals(ops):
+    def refuses(match, op, *arguments):
+        with pytest.raises((RuntimeError, ValueError), match=match):
+            op(*arguments)
+
+    scores = torch.zeros(2, 70)
+    bits, starts = torch.zeros(2, 16, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64)
+    refuses("density must lie", ops.topk_mask, scores, 0.0, True)
+    refuses("scores must be", ops.topk_mask, scores.int(), 0.5, True)
+    refuses(r"scores must be \[N, K\]", ops.topk_mask, scores[0], 0.5, True)
+    refuses("slab must be", ops._mask_starts, bits, 70, 48)
+    refuses("bits of 2 rows of 130", ops._mask_starts, bits, 130, 64)
+    refuses("nnz must lie in 0..256", ops._mask_columns, bits, 257)
+    refuses("nnz must lie in 0..140", ops._gather_mask, scores, bits, -1)
+    refuses("bits must be uint8", ops._gather_mask, scores, bits.int(), 0)
+    refuses(r"values must be \[nnz\]", ops._scatter_mask, scores, bits, 70)
+    x, values = torch.zeros(1, 70), torch.zeros(3)
+    refuses("format must be", ops._sparse_linear, x, values, bits, starts, None, None, "coo")
+    refuses("columns must be", ops._sparse_linear, x, values, bits, starts, None, None, "csr16")
+    refuses("values must have the dtype", ops._sparse_linear, x, values.half(), bits, starts, None, None, "bitmap")
+    refuses("starts of 2 rows", ops._sparse_linear, x, values, bits, starts[:2], None, None, "bitmap")
+    refuses("bias must be", ops._sparse_linear, x, values, bits, starts, None, torch.zeros(3), "bitmap")
+    refuses("grad must be", ops._sparse_linear_transposed, x, values, bits, starts, None, 70, "bitmap")

@@ -1,10 +1,47 @@
 """CUDA implementations written in Triton, a file per family, a launcher per op and named as it. Needs Triton."""
 
-from . import blockdct, coordconv
+from . import blockdct, coordconv, maskmm
 from .blockdct import dct_normalize
 from .coordconv import add_map, batch_sum, coord_tables, coord_tables_backward
+from .maskmm import (
+    apply_mask,
+    bernoulli_mask,
+    mask_gradients,
+    masked_dots,
+    masked_linear,
+    masked_linear_backward,
+    pack_mask,
+    sddmm,
+    superpose,
+    task_linear,
+    task_linear_transposed,
+    task_outer,
+    threshold_mask,
+    unpack_mask,
+)
 
 #: One list per family of (kernel, signature, constants, options): what CI compiles for every supported architecture.
-COMPILED = {"blockdct": blockdct.COMPILED, "coordconv": coordconv.COMPILED}
+COMPILED = {"blockdct": blockdct.COMPILED, "coordconv": coordconv.COMPILED, "maskmm": maskmm.COMPILED}
 
-__all__ = ["COMPILED", "add_map", "batch_sum", "coord_tables", "coord_tables_backward", "dct_normalize"]
+__all__ = [
+    "COMPILED",
+    "add_map",
+    "apply_mask",
+    "batch_sum",
+    "bernoulli_mask",
+    "coord_tables",
+    "coord_tables_backward",
+    "dct_normalize",
+    "mask_gradients",
+    "masked_dots",
+    "masked_linear",
+    "masked_linear_backward",
+    "pack_mask",
+    "sddmm",
+    "superpose",
+    "task_linear",
+    "task_linear_transposed",
+    "task_outer",
+    "threshold_mask",
+    "unpack_mask",
+]

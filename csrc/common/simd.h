@@ -366,6 +366,118 @@ FOURFOLD_INLINE void stream_fence() {
 #endif
 }
 
+// ---- bit masks -----------------------------------------------------------------------------------------------------------
+
+// Bit l: whether lane l of a comparison's result is set.
+template <typename T>
+FOURFOLD_INLINE uint32_t lane_bits(typename VectorOf<T>::index compared) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask((__m512i)compared);
+  return _mm512_movepi64_mask((__m512i)compared);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 4) return static_cast<uint32_t>(_mm256_movemask_ps((__m256)compared));
+  return static_cast<uint32_t>(_mm256_movemask_pd((__m256d)compared));
+#elif defined(__x86_64__)
+  if constexpr (sizeof(T) == 4) return static_cast<uint32_t>(_mm_movemask_ps((__m128)compared));
+  return static_cast<uint32_t>(_mm_movemask_pd((__m128d)compared));
+#else
+  uint32_t bits = 0;
+  for (int l = 0; l < kLanes<T>; ++l) bits |= (compared[l] ? 1u : 0u) << l;
+  return bits;
+#endif
+}
+
+// All bits of lane l set where bit l is: what a comparison gives.
+template <typename T>
+FOURFOLD_INLINE typename VectorOf<T>::index lanes_of(uint32_t bits) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (typename VectorOf<T>::index)_mm512_movm_epi32((__mmask16)bits);
+  return (typename VectorOf<T>::index)_mm512_movm_epi64((__mmask8)bits);
+#else
+  typename VectorOf<T>::index own;
+  for (int l = 0; l < kLanes<T>; ++l) own[l] = 1 << l;
+  return (own & static_cast<decltype(own[0] + own[0])>(bits)) != 0;
+#endif
+}
+
+// x in the lanes whose bit is set, 0 in the others, whatever they hold.
+template <typename T>
+FOURFOLD_INLINE Vec<T> keep(Vec<T> x, uint32_t bits) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Vec<T>)_mm512_maskz_mov_ps((__mmask16)bits, (__m512)x);
+  return (Vec<T>)_mm512_maskz_mov_pd((__mmask8)bits, (__m512d)x);
+#else
+  return (Vec<T>)((typename VectorOf<T>::index)x & lanes_of<T>(bits));
+#endif
+}
+
+// Bits first, first + 1, … of a packed row; `first` is a multiple of `lanes`, which is 2, 4, 8 or 16.
+typedef uint16_t LooseWord16 __attribute__((aligned(1), may_alias));
+FOURFOLD_INLINE uint32_t mask_bits(const uint8_t* row, int64_t first, int lanes) {
+  if (lanes == 16) return *(const LooseWord16*)(row + first / 8);
+  return (row[first / 8] >> (first % 8)) & ((1u << lanes) - 1);
+}
+
+// Bit i: whether byte i of 64 is not zero.
+FOURFOLD_INLINE uint64_t nonzero_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  const __m512i x = _mm512_loadu_si512(p);
+  return _mm512_test_epi8_mask(x, x);
+#else
+  typedef uint64_t LooseWord __attribute__((aligned(1), may_alias));
+  constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7f;
+  uint64_t bits = 0;
+  for (int i = 0; i < 8; ++i) {
+    const uint64_t x = *(const LooseWord*)(p + 8 * i);
+    // The top bit of each byte that is not zero, then all eight brought together into the last byte.
+    const uint64_t tops = (((x & kLow) + kLow) | x) & ~kLow;
+    bits |= ((tops >> 7) * 0x0102040810204080 >> 56) << (8 * i);
+  }
+  return bits;
+#endif
+}
+
+// Byte i of 64 becomes 1 where bit i is set, else 0.
+FOURFOLD_INLINE void spread_bits(uint64_t bits, uint8_t* p) {
+#if defined(__AVX512F__)
+  _mm512_storeu_si512(p, _mm512_maskz_set1_epi8(bits, 1));
+#else
+  typedef uint64_t LooseWord __attribute__((aligned(1), may_alias));
+  constexpr uint64_t kLow = 0x7f7f7f7f7f7f7f7f;
+  for (int i = 0; i < 8; ++i) {
+    const uint64_t x = (bits >> (8 * i) & 0xff) * 0x0101010101010101 & 0x8040201008040201;
+    *(LooseWord*)(p + 8 * i) = ((((x & kLow) + kLow) | x) & ~kLow) >> 7;
+  }
+#endif
+}
+
+// The 64-bit products x * factor as their high and low words.
+FOURFOLD_INLINE void multiply_wide(Bits32 x, uint32_t factor, Bits32& high, Bits32& low) {
+  typedef uint64_t Bits64 __attribute__((vector_size(kVectorBytes)));
+#if defined(__AVX512F__)
+  const __m512i f = _mm512_set1_epi32((int)factor);
+  const Bits64 even = (Bits64)_mm512_mul_epu32((__m512i)x, f), odd = (Bits64)_mm512_mul_epu32((__m512i)((Bits64)x >> 32), f);
+#elif defined(__AVX2__)
+  const __m256i f = _mm256_set1_epi32((int)factor);
+  const Bits64 even = (Bits64)_mm256_mul_epu32((__m256i)x, f), odd = (Bits64)_mm256_mul_epu32((__m256i)((Bits64)x >> 32), f);
+#elif defined(__x86_64__)
+  const __m128i f = _mm_set1_epi32((int)factor);
+  const Bits64 even = (Bits64)_mm_mul_epu32((__m128i)x, f), odd = (Bits64)_mm_mul_epu32((__m128i)((Bits64)x >> 32), f);
+#else
+  const Bits64 even = ((Bits64)x & 0xffffffff) * factor, odd = ((Bits64)x >> 32) * factor;
+#endif
+  low = (Bits32)((even & 0xffffffff) | (odd << 32));
+  high = (Bits32)((even >> 32) | (odd & 0xffffffff00000000));
+}
+
+FOURFOLD_INLINE int popcount(uint64_t bits) {
+#if defined(__AVX2__)
+  return static_cast<int>(_mm_popcnt_u64(bits));
+#else
+  return __builtin_popcountll(bits);
+#endif
+}
+
 // ---- lanes ---------------------------------------------------------------------------------------------------------------
 
 #if defined(__clang__)

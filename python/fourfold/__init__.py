@@ -18,17 +18,35 @@ from .ops.blockdct import block_dct, block_idct, dct_normalize, zigzag
 from .ops.blockdct_domain import dct_crop, dct_downscale2, dct_flip, dct_rot90
 from .ops.blockdct_rgb import dct_to_rgb, rgb_to_dct
 from .ops.coordconv import add_coords, coord_conv1d, coord_conv2d, coord_conv3d, coord_conv_transpose2d
+from .ops.maskmm import (
+    bernoulli_mask,
+    masked_conv2d,
+    masked_linear,
+    pack_mask,
+    supermask_conv2d,
+    supermask_linear,
+    threshold_mask,
+    topk_mask,
+    unpack_mask,
+)
+from .ops.maskmm_sparse import SparseWeight, compress, sddmm, sparse_linear
+from .ops.maskmm_superposed import infer_task, superposed_linear, task_linear
+from .ops.maskmm_tickets import mask_from_criterion
+from .tickets import prune_and_rewind
 
 __version__ = _version("fourfold")
 
 __all__ = [
     "CoordSpec",
+    "SparseWeight",
     "__version__",
     "add_coords",
+    "bernoulli_mask",
     "block_dct",
     "block_idct",
     "build_info",
     "compat",
+    "compress",
     "coord_conv1d",
     "coord_conv2d",
     "coord_conv3d",
@@ -43,10 +61,25 @@ __all__ = [
     "has_cuda",
     "has_jpeg",
     "has_triton",
+    "infer_task",
     "jpeg",
+    "mask_from_criterion",
+    "masked_conv2d",
+    "masked_linear",
     "models",
     "nn",
+    "pack_mask",
+    "prune_and_rewind",
     "reference",
     "rgb_to_dct",
+    "sddmm",
+    "sparse_linear",
+    "supermask_conv2d",
+    "supermask_linear",
+    "superposed_linear",
+    "task_linear",
+    "threshold_mask",
+    "topk_mask",
+    "unpack_mask",
     "zigzag",
 ]

@@ -22,7 +22,27 @@ _C.cpu_capability()
 _LIBRARIES = Path(_C.__file__).parent
 
 #: Ops whose CUDA implementation is a Triton launcher of the same name; every other op's is CUDA C++.
-TRITON_OPS = ("dct_normalize", "_coord_tables", "_coord_tables_backward", "_add_map_", "_batch_sum")
+TRITON_OPS = (
+    "dct_normalize",
+    "_coord_tables",
+    "_coord_tables_backward",
+    "_add_map_",
+    "_batch_sum",
+    "pack_mask",
+    "unpack_mask",
+    "bernoulli_mask",
+    "threshold_mask",
+    "_apply_mask",
+    "_mask_gradients",
+    "_masked_linear",
+    "_masked_linear_backward",
+    "sddmm",
+    "_superpose",
+    "_masked_dots",
+    "task_linear",
+    "_task_linear_transposed",
+    "_task_outer",
+)
 
 #: What is missing here: {"jpeg", or where there is a GPU "cuda" or "triton" implementations of ops: reason and remedy}.
 missing: dict[str, str] = {}

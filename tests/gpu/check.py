@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-OPTIONAL = {"triton": "dct_normalize, coordconv and torch.compile run in it"}
+OPTIONAL = {"triton": "dct_normalize, coordconv, most of maskmm and torch.compile run in it"}
 
 
 def ops_of(row):
@@ -139,9 +139,9 @@ def measure(run, case, device, small, bandwidth):
 
 def everything(device, budget, output):
     import torch
-    from gpu import cases_blockdct, cases_blockdct_rgb, cases_coordconv, harness
+    from gpu import cases_blockdct, cases_blockdct_rgb, cases_coordconv, cases_maskmm, harness
 
-    families = (cases_blockdct, cases_blockdct_rgb, cases_coordconv)
+    families = (cases_blockdct, cases_blockdct_rgb, cases_coordconv, cases_maskmm)
     small = device.type != "cuda"
     if not small and not torch.cuda.is_available():
         sys.exit("gpu-check needs a GPU that torch can use; run it with --device cpu to try the checks themselves")

@@ -8,6 +8,7 @@
 
 #include "blockdct/cuda.cu"
 #include "blockdct/rgb.cu"
+#include "maskmm/cuda.cu"
 #include "ops.cpp"
 
 extern "C" uint32_t quotient(uint32_t n, uint32_t divisor) {

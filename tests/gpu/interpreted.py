@@ -7,11 +7,15 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from fourfold import triton_kernels
 from fourfold.ops import coordconv as coordconv_functions
 from fourfold.triton_kernels import add_map, batch_sum, coord_tables, coord_tables_backward, dct_normalize
 from fourfold.triton_kernels import coordconv as coordconv_kernels
+from fourfold.triton_kernels import maskmm as maskmm_kernels
 from gpu import cases_blockdct as blockdct
 from gpu import cases_coordconv as coordconv
+from gpu import cases_maskmm as maskmm
+from gpu import harness
 from gpu.harness import DTYPES
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_triton_interpreter.py"
@@ -238,3 +242,126 @@ def test_refusals_of_add_map(change, words):
 def test_refusals_of_batch_sum(grad, relu_output, words):
     with pytest.raises(ValueError, match=words):
         batch_sum(grad, relu_output)
+
+
+# ---- maskmm ----
+
+# The launchers under the names of their ops.
+MASKMM = types.SimpleNamespace(
+    **{
+        name: getattr(triton_kernels, name.strip("_"))
+        for name in (
+            *("pack_mask", "unpack_mask", "bernoulli_mask", "threshold_mask", "_apply_mask", "_mask_gradients"),
+            *("_masked_linear", "_masked_linear_backward", "sddmm", "_superpose", "_masked_dots", "task_linear"),
+            *("_task_linear_transposed", "_task_outer"),
+        )
+    }
+)
+
+
+@pytest.fixture
+def interpretable(monkeypatch):
+    """Sums in fewer parts, which take the interpreter long; bfloat16 factors widened, which it can't multiply; and its bfloat16
+    results, which it truncates where GPUs round."""
+    monkeypatch.setitem(harness.TOLERANCE, torch.bfloat16, (2**-7, harness.TOLERANCE[torch.bfloat16][1]))
+    monkeypatch.setattr(maskmm_kernels, "PARTS", 4)
+    factor_type = maskmm_kernels._factor_type
+    monkeypatch.setattr(
+        maskmm_kernels, "_factor_type", lambda dtype: tl.float32 if dtype == torch.bfloat16 else factor_type(dtype)
+    )
+
+
+def test_bits():
+    maskmm.bits_match(MASKMM, CPU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=maskmm.name_of)
+def test_samplers(dtype):
+    maskmm.samplers_match(MASKMM, dtype, CPU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=maskmm.name_of)
+def test_effective_weights(dtype, interpretable):
+    maskmm.effective_matches(MASKMM, dtype, CPU, shapes=((5, 65), (3, 3, 3, 3)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=maskmm.name_of)
+def test_masked_linear(dtype, interpretable):
+    # An effective weight that is rounded to bfloat16 on the way is another one where it is truncated.
+    options = maskmm.SIGNS_AND_RESCALES if dtype != torch.bfloat16 else ((False, ""), (True, ""))
+    maskmm.linear_matches(MASKMM, dtype, CPU, rows=(3, 40), shapes=((5, 65), (33, 70)), options=options)
+
+
+def test_masked_linear_by_the_vendor(interpretable):
+    maskmm.linear_matches(MASKMM, torch.float16, CPU, rows=(150,), shapes=((5, 65),))
+
+
+def test_split_products(interpretable):
+    maskmm.linear_matches(MASKMM, torch.float16, CPU, rows=(1,), shapes=((40, 1100),), options=((False, "dwr"),))
+    maskmm.linear_matches(MASKMM, torch.float32, CPU, rows=(1,), shapes=((600, 40),), options=((True, ""),))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=maskmm.name_of)
+def test_sddmm(dtype, interpretable):
+    maskmm.sddmm_matches(MASKMM.sddmm, dtype, CPU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=maskmm.name_of)
+def test_superposed(dtype, interpretable):
+    maskmm.superposed_match(MASKMM, dtype, CPU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=maskmm.name_of)
+def test_tasks(dtype, interpretable):
+    maskmm.tasks_match(MASKMM, dtype, CPU, leads=((5,), (3, 2), (2, 9)), shapes=((33, 100),))
+
+
+def test_tasks_in_other_sizes():
+    maskmm.tasks_match(MASKMM, torch.float32, CPU, leads=((1,), (1, 2, 40)), shapes=((5, 65),))
+
+
+def test_tasks_that_there_are_not():
+    maskmm.unknown_tasks(MASKMM, CPU)
+
+
+def test_many_masks_in_several_shares(monkeypatch):
+    """Few tiles and many masks: programs share the masks out."""
+    monkeypatch.setattr(maskmm_kernels, "ENOUGH", 8)
+    maskmm.superposed_match(MASKMM, torch.float32, CPU)
+
+
+SCORES = torch.zeros(2, 70)
+BITS = torch.zeros(2, 16, dtype=torch.uint8)
+MASKED = (SCORES, BITS, None, None, "one", False, "")
+BANK = torch.zeros(3, 2, 16, dtype=torch.uint8)
+TASK = torch.zeros(4, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("op", "given", "words"),
+    [
+        ("pack_mask", (SCORES,), "mask must be bool"),
+        ("unpack_mask", (BITS, 150), r"bits must be uint8 \(2, 24\)"),
+        ("bernoulli_mask", (SCORES, torch.zeros(2, dtype=torch.int64), 0), "seed must be one int64"),
+        ("bernoulli_mask", (SCORES.int(), TASK[:1], 0), "scores must be float16"),
+        ("threshold_mask", (SCORES[0], 0.0), r"scores must be \[N, K\]"),
+        ("_apply_mask", (SCORES, BITS, None, True, "", torch.float32), "signed needs scores"),
+        ("_apply_mask", (SCORES, BITS, None, False, "twice", torch.float32), "rescale must be"),
+        ("_apply_mask", (SCORES, BITS, None, False, "", torch.int32), "dtype must be"),
+        ("_mask_gradients", (SCORES.T, SCORES, BITS, None, "one", False, "", [True, False]), r"grad must be \(2, 70\)"),
+        ("_mask_gradients", (SCORES, SCORES, BITS, SCORES, "two", False, "", [True, True]), "slope must be"),
+        ("_masked_linear", (SCORES[:, :69], *MASKED), r"x must be \(2, 70\)"),
+        ("_masked_linear", (SCORES, SCORES, BITS, SCORES[0], None, "one", False, ""), r"bias must be \(2,\)"),
+        ("sddmm", (SCORES, SCORES.T, BITS, 0), "a .* and b .* of one dtype"),
+        ("sddmm", (torch.zeros(2, 5), torch.zeros(70, 5), BITS, 141), "nnz must lie in 0..140"),
+        ("_superpose", (SCORES, BITS, torch.zeros(2)), r"masks must be \[T, 2, 16\]"),
+        ("_superpose", (SCORES, BANK, torch.zeros(2)), r"alpha must be \(3,\)"),
+        ("_masked_dots", (SCORES, SCORES[:1], BANK), r"b must be \(2, 70\)"),
+        ("task_linear", (torch.zeros(4, 69), SCORES, BANK, TASK, None), r"x must be \(4, 70\)"),
+        ("task_linear", (torch.zeros(4, 70), SCORES, BANK, TASK.int(), None), r"task must be int64 \(4,\)"),
+        ("_task_outer", (torch.zeros(4, 2), torch.zeros(3, 70), BANK, TASK), r"grad must be \(3, 2\)"),
+    ],
+)
+def test_refusals_of_maskmm(op, given, words):
+    with pytest.raises(ValueError, match=f"{op}: {words}"):
+        getattr(MASKMM, op)(*given)

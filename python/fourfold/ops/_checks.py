@@ -1,10 +1,12 @@
 """Argument errors in one form: the op, what was expected, what came."""
 
 import operator
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ._register import transforming
 
@@ -25,6 +27,17 @@ def tensor(op: str, name: str, x: Any) -> None:
         raise TypeError(f"{op}: {name} must be a dense tensor, got a {kind} one; convert it first")
 
 
+def contents(x: Tensor) -> bool:
+    """Whether to look at x's values.
+
+    On CPU; elsewhere only under FOURFOLD_CHECK=1, because it waits for the device; never while tracing or where a transform
+    hides them.
+    """
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
+    return x.device.type == "cpu" or (x.device.type != "meta" and os.environ.get("FOURFOLD_CHECK") == "1")
+
+
 def floating(op: str, name: str, x: Any) -> None:
     """Raises TypeError unless x is a tensor of a floating dtype."""
     tensor(op, name, x)
@@ -40,6 +53,15 @@ def integer(op: str, name: str, value: Any) -> Any:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{op}: {name} must be an int, got {value!r}") from None
+
+
+def real(op: str, name: str, value: Any) -> float:
+    """Any kind of real number (numpy's too) as a float; raises TypeError for the rest."""
+    if isinstance(value, (float, torch.SymFloat)):  # a compiler's number has no __float__
+        return value  # type: ignore[return-value]
+    if isinstance(value, (bool, str, Tensor)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    return float(value)
 
 
 def one_of(op: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -68,3 +68,19 @@ def register(
             return op(*args)
 
     return call
+
+
+def looped(name: str) -> Formula:
+    """The vmap rule of an op that has no better one: a call per element of the batch."""
+    op = getattr(torch.ops.fourfold, name).default
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
+        def part(i: int) -> list[Any]:
+            return [x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)]
+
+        results = [op(*part(i)) for i in range(info.batch_size)]
+        if isinstance(results[0], torch.Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return rule

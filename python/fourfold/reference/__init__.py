@@ -7,7 +7,7 @@ CUDA tensors run them where the native implementation is missing.
 from collections.abc import Callable
 from typing import Any
 
-from . import blockdct, blockdct_rgb, coordconv
+from . import blockdct, blockdct_rgb, coordconv, maskmm, maskmm_sparse, maskmm_superposed
 
 REFERENCES: dict[str, Callable[..., Any]] = {
     "block_dct": blockdct.block_dct,
@@ -22,6 +22,27 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "_coord_tables_backward": coordconv.coord_tables_backward,
     "_add_map_": coordconv.add_map_,
     "_batch_sum": coordconv.batch_sum,
+    "pack_mask": maskmm.pack_mask,
+    "unpack_mask": maskmm.unpack_mask,
+    "bernoulli_mask": maskmm.bernoulli_mask,
+    "topk_mask": maskmm.topk_mask,
+    "threshold_mask": maskmm.threshold_mask,
+    "_apply_mask": maskmm.apply_mask,
+    "_mask_gradients": maskmm.mask_gradients,
+    "_masked_linear": maskmm.masked_linear,
+    "_masked_linear_backward": maskmm.masked_linear_backward,
+    "_mask_starts": maskmm_sparse.mask_starts,
+    "_mask_columns": maskmm_sparse.mask_columns,
+    "_gather_mask": maskmm_sparse.gather_mask,
+    "_scatter_mask": maskmm_sparse.scatter_mask,
+    "_sparse_linear": maskmm_sparse.sparse_linear,
+    "_sparse_linear_transposed": maskmm_sparse.sparse_linear_transposed,
+    "sddmm": maskmm_sparse.sddmm,
+    "_superpose": maskmm_superposed.superpose,
+    "_masked_dots": maskmm_superposed.masked_dots,
+    "task_linear": maskmm_superposed.task_linear,
+    "_task_linear_transposed": maskmm_superposed.task_linear_transposed,
+    "_task_outer": maskmm_superposed.task_outer,
 }
 
-__all__ = ["REFERENCES", "blockdct", "blockdct_rgb", "coordconv"]
+__all__ = ["REFERENCES", "blockdct", "blockdct_rgb", "coordconv", "maskmm", "maskmm_sparse", "maskmm_superposed"]
