@@ -592,3 +592,22 @@ def test_gradients_flow_through_inference_made_masks():
         masked_linear(x, weight, bits)
     masked_linear(x, weight, bits.clone()).sum().backward()
     assert not weight.grad[~random_mask(9, 70)].any()
+
+
+def test_transforms_outside_of_vmap():
+    """A vmap rule hands its call on to the transforms around it."""
+    x, weight, mask = randn(3, 7), randn(4, 7), random_mask(4, 7)
+
+    def loss(w: Tensor) -> Tensor:
+        return masked_linear(x, w, mask).pow(3).sum()
+
+    def plain(w: Tensor) -> Tensor:
+        return F.linear(x, w * mask).pow(3).sum()
+
+    torch.testing.assert_close(torch.func.hessian(loss)(weight), torch.func.hessian(plain)(weight))
+    many, step = randn(5, 4, 7), randn(5, 4, 7, seed=1)
+    for transform in (
+        lambda f: torch.func.jvp(torch.func.vmap(f), (many,), (step,))[1],
+        lambda f: torch.func.grad(lambda w: torch.func.vmap(f)(w).sum())(many),
+    ):
+        torch.testing.assert_close(transform(loss), transform(plain))

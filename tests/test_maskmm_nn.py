@@ -898,7 +898,7 @@ def test_reprs():
         "SupermaskLinear(in_features=4, out_features=2, bias=True, sampler='topk', density=0.1, signed=True)"
     )
     sparse = ff.nn.SparseLinear.from_linear(nn.Linear(4, 4), mask, format="bitmap")
-    assert repr(sparse) == "SparseLinear(in_features=4, out_features=4, bias=True, kept=4 of 16, format='bitmap')"
+    assert repr(sparse) == "SparseLinear(in_features=4, out_features=4, bias=True, kept=4 of 16, format='bitmap' (asked for))"
     assert repr(ff.nn.SuperposedLinear(4, 2, masks=torch.ones(3, 2, 4).bool())) == (
         "SuperposedLinear(in_features=4, out_features=2, bias=True, num_tasks=3)"
     )
@@ -916,3 +916,27 @@ def test_without_rows_or_columns():
     for n, k in ((0, 3), (3, 0)):
         layer = ff.nn.MaskedLinear.from_linear(nn.Linear(k, n))
         assert layer(torch.zeros(2, k)).shape == (2, n) and "kept=0 of 0" in repr(layer)
+
+
+def test_sparse_layer_of_an_evaluation_can_be_trained():
+    """What is remembered of a mask outlives the inference mode in which it was first asked for."""
+    x = torch.randn(4, 300)
+    for format in ("bitmap", "csr16", "slab", "dense"):  # noqa: A001
+        layer = ff.nn.SparseLinear.from_linear(torch.nn.Linear(300, 100), torch.rand(100, 300) < 0.1, format=format)
+        with torch.inference_mode():
+            expected = layer(x)
+        y = layer(x)
+        assert torch.equal(y, expected)
+        y.sum().backward()
+        assert layer.values.grad is not None
+
+
+def test_sparse_layer_chooses_its_format_anew_on_loading():
+    source = ff.nn.SparseLinear.from_linear(torch.nn.Linear(300, 100), torch.rand(100, 300) < 0.05, batch_hint=16)
+    whole = ff.nn.SparseLinear.from_linear(torch.nn.Linear(300, 100), batch_hint=16)
+    assert (source.format, whole.format) == ("csr16", "dense")
+    whole.load_state_dict(source.state_dict())
+    assert (whole.format, whole.reason) == (source.format, source.reason)
+    asked = ff.nn.SparseLinear.from_linear(torch.nn.Linear(300, 100), format="bitmap")
+    asked.load_state_dict(source.state_dict())
+    assert asked.format == "bitmap"

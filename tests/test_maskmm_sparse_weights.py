@@ -115,9 +115,9 @@ def test_auto_is_the_table(monkeypatch):
     assert ff.compress(weight, torch.zeros_like(weight, dtype=torch.bool)).format == "bitmap"  # batch_hint is 1
     long = chosen(9, 100, randn(1, 65537, dtype=F32))
     assert long.format == "slab"
-    assert long.reason == "the fastest in its table at density 0.00014 with 100 rows of x in float32"
+    assert long.reason == "the fastest measured at density 0.00014 with 100 rows of x in float32"
     assert long.reason in repr(long)
-    assert chosen(64, 1).reason == "the fastest in its table at density 0.25 with 1 row of x in float32"
+    assert chosen(64, 1).reason == "the fastest measured at density 0.25 with 1 row of x in float32"
     assert chosen(9, 1, weight.bfloat16()).format == "dense"
     monkeypatch.setattr(maskmm_sparse._C, "machine_capability", lambda: "amx")
     assert chosen(9, 1, weight.bfloat16()).format == "slab"

@@ -397,6 +397,7 @@ OPS = (
 test_op = battery.tests_of(OPS)
 
 
+@pytest.mark.slow  # the kernel tests run on every tier in CI
 @pytest.mark.skipif(len(battery.tiers()) < 2, reason="this machine has one tier")
 def test_every_tier_agrees(tmp_path):
     battery.every_tier_agrees("test_maskmm_superposed", OPS, tmp_path)

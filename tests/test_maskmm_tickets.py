@@ -617,3 +617,41 @@ def test_a_ticket_outlives_weights_drawn_anew():
         last[rewind] = mean([entry.result for entry in history[-3:]])
         assert history[-1].density < 0.05
     assert last["init"] > last["reinit"] + 0.01
+
+
+def test_prune_and_rewind_keeps_shared_modules_and_hooks():
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU())
+    model.again = model[0]
+    called = []
+    model[0].register_forward_hook(lambda *_: called.append(1))
+    ticket, history = ff.prune_and_rewind(model, lambda m: m(torch.randn(2, 16)), rounds=2, rate=0.5)
+    assert [r.density for r in history] == [1, 0.5, 0.25]
+    assert ticket.again is ticket[0]
+    assert len(called) == 6  # again is a child too, and called as one
+
+
+def test_weights_tied_to_another_module_stay_off_the_mask():
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.out = torch.nn.Embedding(10, 8), torch.nn.Linear(8, 10, bias=False)
+            self.out.weight = self.embedding.weight
+
+        def forward(self, x):
+            return self.out(self.embedding(x))
+
+    def train(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(torch.arange(10)).square().sum().backward()
+        optimizer.step()
+
+    ticket, _ = ff.prune_and_rewind(Tied(), train, rounds=1, rate=0.5)
+    assert ticket.embedding.weight is ticket.out.weight
+    assert not ticket.out.weight[~ticket.out.mask].any()
+
+
+def test_prune_and_rewind_names_a_pruned_layer():
+    model = torch.nn.Sequential(torch.nn.Linear(20, 10))
+    torch.nn.utils.prune.l1_unstructured(model[0], "weight", amount=0.5)
+    with pytest.raises(ValueError, match=r"prune_and_rewind: 0 is pruned by torch\.nn\.utils\.prune; take it over first"):
+        ff.prune_and_rewind(model, lambda model: None, rounds=1, rate=0.5)

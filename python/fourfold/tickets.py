@@ -4,7 +4,7 @@ import copy
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .nn.maskmm import MaskedConv2d, MaskedLinear
 from .ops import _checks as check
-from .ops.maskmm import pack_mask
+from .ops.maskmm import pack_mask, real
 from .ops.maskmm_tickets import SCOPES, check_criterion, keep_by_criterion
 
 REWINDS = ("init", "reinit", "none")
@@ -30,7 +30,7 @@ class Round:
 
     density: float
     result: Any
-    masks: dict[str, Tensor]
+    masks: dict[str, Tensor] = field(repr=False)
 
 
 def prune_and_rewind(
@@ -85,6 +85,12 @@ def prune_and_rewind(
     if not isinstance(rewind, Mapping):
         check.one_of(_OP, "rewind", rewind, REWINDS)
 
+    for name, module in model.named_modules():
+        if "weight_orig" in module._parameters:
+            raise ValueError(
+                f"{_OP}: {name or 'the model'} is pruned by torch.nn.utils.prune; take it over first, with "
+                "MaskedLinear.from_pruned or MaskedConv2d.from_pruned"
+            )
     ticket, layers = _masked_copy(model)
     rates = _rates(rate, list(layers), scope)
     layers = {name: layer for name, layer in layers.items() if name in rates}
@@ -102,6 +108,8 @@ def prune_and_rewind(
             kept = sum(int(layer.mask.sum()) for layer in layers.values())
             density = kept / max(1, sum(layer.weight.numel() for layer in layers.values()))
             history.append(Round(density, train_fn(ticket), masks))
+            for layer in layers.values():
+                _zero_off_mask(layer)  # a weight tied to another module's may have been trained there
             if bar is not None:
                 bar.set_postfix(density=f"{density:.3g}")
                 bar.update()
@@ -135,6 +143,9 @@ def _masked_copy(model: nn.Module) -> tuple[nn.Module, dict[str, _Masked]]:
             new = module
         else:
             continue
+        if new is not module:  # hooks go on being called
+            hooks = {key: value for key, value in vars(module).items() if key.endswith(("_hooks", "_with_kwargs"))}
+            vars(new).update(hooks)
         layers[name], masked[id(module)] = new, new
     if not layers:
         raise ValueError(f"{_OP}: {type(model).__name__} has no Linear or Conv2d to prune")
@@ -158,7 +169,7 @@ def _rates(rate: Any, names: list[str], scope: str) -> dict[str, float]:
             raise ValueError(f"{_OP}: scope='global' drops one fraction of all layers together; pass rate as a number")
     rates = dict(rate) if isinstance(rate, Mapping) else dict.fromkeys(names, rate)
     for value in rates.values():
-        if not 0 < check.real(_OP, "rate", value) < 1:
+        if not 0 < real(_OP, "rate", value) < 1:
             raise ValueError(f"{_OP}: rate must lie in (0, 1), got {value}: it is the fraction dropped, 0.2 keeps 80%")
     return {name: float(value) for name, value in rates.items()}
 
@@ -193,9 +204,10 @@ def _zero_off_mask(layer: _Masked) -> None:
 
 
 def _snapshot(ticket: nn.Module, layers: dict[str, _Masked]) -> dict[str, Tensor]:
-    """A copy of the state that rewinding restores: all but the masks."""
-    masks = {(name + "." if name else "") + "mask_bits" for name in layers}
-    return {name: value.detach().clone() for name, value in ticket.state_dict().items() if name not in masks}
+    """A copy of the state that rewinding restores: all but the masks, whatever names they have."""
+    masks = {id(layer.mask_bits) for layer in layers.values()}
+    state = ticket.state_dict(keep_vars=True)
+    return {name: value.detach().clone() for name, value in state.items() if id(value) not in masks}
 
 
 def _taken_from(state: Mapping[str, Tensor], start: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ from ..ops.maskmm import (
     topk_mask,
     unpack_mask,
 )
-from ..ops.maskmm_sparse import SparseWeight, compress, sparse_linear
+from ..ops.maskmm_sparse import SparseWeight, compress, from_table, sparse_linear
 from ..ops.maskmm_superposed import superposed_linear, task_linear
 
 EVAL_MASKS = ("round", "sample", "topk")
@@ -640,8 +640,8 @@ class SparseLinear(nn.Module):
 
     Parameters: ``values`` [nnz], row-major, and ``bias``; an optimizer's state is as small. Buffer ``mask_bits``. The
     state_dict holds these three and nothing that depends on the format, so a file loads on any machine, also into a layer with
-    another number of values. Of a layer that only infers, ``requires_grad_(False)`` spares format "dense" making the dense
-    weight on every call.
+    another number of values, whose format is then chosen anew if "auto" chose it. Of a layer that only infers,
+    ``requires_grad_(False)`` spares format "dense" making the dense weight on every call.
     """
 
     values: nn.Parameter
@@ -658,6 +658,7 @@ class SparseLinear(nn.Module):
             )
         self.out_features, self.in_features = sparse_weight.shape
         self.format, self.reason = sparse_weight.format, sparse_weight.reason
+        self._batch_hint = sparse_weight._batch_hint
         self._kept: SparseWeight | None = None
         values = sparse_weight.values
         self.values = values if isinstance(values, nn.Parameter) else nn.Parameter(values.detach().clone())
@@ -704,12 +705,15 @@ class SparseLinear(nn.Module):
             TypeError: layer is not a ``torch.nn.Linear``.
             ValueError: its weight is not pruned, or its bias is.
         """
-        return MaskedLinear.from_pruned(layer).compress(format=format, batch_hint=batch_hint)
+        weight, mask = _pruned(cls.__name__, nn.Linear, layer)
+        bits = _bits(f"{cls.__name__}.from_pruned", mask, weight)
+        sparse = compress(weight.detach(), bits, format=format, batch_hint=batch_hint)
+        return _sparse(sparse, layer.bias, weight.requires_grad, layer.training)
 
     @property
     def sparse_weight(self) -> SparseWeight:
         """The weight as :func:`fourfold.sparse_linear` takes it; its values are the Parameter."""
-        kept = self._kept
+        kept = None if torch.compiler.is_compiling() else self._kept
         if kept is not None and kept.values is self.values and kept.mask is self.mask_bits and not self.values.requires_grad:
             return kept
         shape = self.out_features, self.in_features
@@ -743,7 +747,7 @@ class SparseLinear(nn.Module):
         """Sizes, how many weights are kept, and the format."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"kept={self.values.numel()} of {self.in_features * self.out_features}, format={self.format!r}"
+            f"kept={self.values.numel()} of {self.in_features * self.out_features}, format={self.format!r} ({self.reason})"
         )
 
     def _load_from_state_dict(
@@ -757,6 +761,7 @@ class SparseLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         op = type(self).__name__
+        self._kept = None
         bits, values = state_dict.get(prefix + "mask_bits"), state_dict.get(prefix + "values")
         if isinstance(bits, Tensor) and isinstance(values, Tensor):
             wrong = _of_another_k(op, bits, self.in_features)
@@ -768,6 +773,9 @@ class SparseLinear(nn.Module):
                 error_msgs.append(wrong)
                 return
             if values.shape != self.values.shape:
+                if self._batch_hint is not None:
+                    density = values.shape[0] / max(self.in_features * self.out_features, 1)
+                    self.format, self.reason = from_table(self.values, density, self._batch_hint, self.in_features)
                 self.values = nn.Parameter(self.values.new_empty(values.shape), requires_grad=self.values.requires_grad)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 

@@ -55,15 +55,6 @@ def integer(op: str, name: str, value: Any) -> Any:
         raise TypeError(f"{op}: {name} must be an int, got {value!r}") from None
 
 
-def real(op: str, name: str, value: Any) -> float:
-    """Any kind of real number (numpy's too) as a float; raises TypeError for the rest."""
-    if isinstance(value, (float, torch.SymFloat)):  # a compiler's number has no __float__
-        return value  # type: ignore[return-value]
-    if isinstance(value, (bool, str, Tensor)) or not hasattr(value, "__float__"):
-        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
-    return float(value)
-
-
 def one_of(op: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Raises ValueError unless value is one of the allowed ones; TypeError if it is not even of their type."""
     if not isinstance(value, type(allowed[0])):

@@ -15,6 +15,9 @@ Formula = Callable[..., Any]
 #: The names of the ops registered here: {op: what it has}. ``tests/test_every_op.py`` reads it.
 registered: dict[str, set[str]] = {}
 
+#: What `register` returned for each. A vmap rule calls an op by it: other transforms may be active outside of the vmap.
+calls: dict[str, Callable[..., Any]] = {}
+
 
 def transforming() -> bool:
     """Whether a torch.func transform or a dual level of forward-mode AD is active."""
@@ -49,6 +52,7 @@ def register(
         registered[name].add("vmap")
         torch.library.register_vmap(qualified, vmap)
     if backward is None:
+        calls[name] = op
         return op
     registered[name].add("autograd")
     torch.library.register_autograd(qualified, backward, setup_context=setup_context)
@@ -67,18 +71,18 @@ def register(
         with torch._C._AutoDispatchBelowAutograd():  # spares the 3 microseconds that the formula's Python kernel costs
             return op(*args)
 
+    calls[name] = call
     return call
 
 
 def looped(name: str) -> Formula:
     """The vmap rule of an op that has no better one: a call per element of the batch."""
-    op = getattr(torch.ops.fourfold, name).default
 
     def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
         def part(i: int) -> list[Any]:
             return [x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)]
 
-        results = [op(*part(i)) for i in range(info.batch_size)]
+        results = [calls[name](*part(i)) for i in range(info.batch_size)]
         if isinstance(results[0], torch.Tensor):
             return torch.stack(results), 0
         return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])

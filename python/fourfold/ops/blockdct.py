@@ -17,7 +17,7 @@ from ..reference._dtypes import accumulate_type
 from . import _checks as check
 from . import _frequencies as frequencies
 from ._frequencies import Freqs
-from ._register import register
+from ._register import calls, register
 
 BLOCK_SIZES = (2, 4, 8, 16, 32)
 LAYOUTS = ("planar", "blocks", "interleaved")
@@ -105,7 +105,7 @@ def _vmap_of(op: Any, is_image: bool) -> Any:
         return y.unflatten(1, (samples, -1)), 1
 
     def call_op(op: Any, *args: Any) -> Tensor:
-        result: Tensor = getattr(torch.ops.fourfold, op).default(*args)
+        result: Tensor = calls[op](*args)
         return result
 
     return vmap
@@ -579,7 +579,7 @@ def _normalize_jvp(
 
 
 def _normalize_vmap(info: Any, in_dims: Any, coefs: Tensor, qtable: Tensor, mean: Any, std: Any, *rest: Any) -> Any:
-    op = torch.ops.fourfold.dct_normalize.default
+    op = calls["dct_normalize"]
     samples = info.batch_size
     coefs = coefs.movedim(in_dims[0], 0) if in_dims[0] is not None else coefs.expand(samples, *coefs.shape)
     if in_dims[2] is None and in_dims[3] is None:

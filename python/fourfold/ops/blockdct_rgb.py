@@ -17,7 +17,7 @@ from ..reference.blockdct_rgb import LUMA, SUBSAMPLINGS
 from . import _checks as check
 from . import _frequencies as frequencies
 from ._frequencies import Freqs
-from ._register import register
+from ._register import calls, register
 from .blockdct import _block_dct, _block_dct_backward, block_idct
 
 LAYOUTS = ("planar", "blocks")
@@ -122,7 +122,7 @@ def _jvp(ctx: Any, rgb_t: Tensor | None, *tangents: Any) -> tuple[Tensor, Tensor
 
 
 def _vmap(info: Any, in_dims: Any, rgb: Tensor, *rest: Any) -> Any:
-    op = torch.ops.fourfold.rgb_to_dct.default
+    op = calls["rgb_to_dct"]
     samples, scale, scale_dim = info.batch_size, rest[3], in_dims[4]
     if scale_dim is None:
         batched = rgb.movedim(in_dims[0], 0)

@@ -420,9 +420,18 @@ def _seed(op: str, seed: Any, device: torch.device) -> Tensor:
     return torch.full((), _word(op, "seed", seed), dtype=torch.int64, device=device)
 
 
+def real(op: str, name: str, value: Any) -> float:
+    """Any kind of real number (numpy's too) as a float; raises TypeError for the rest."""
+    if isinstance(value, (float, torch.SymFloat)):  # a compiler's number has no __float__
+        return value  # type: ignore[return-value]
+    if isinstance(value, (bool, str, Tensor)) or not hasattr(value, "__float__"):
+        raise TypeError(f"{op}: {name} must be a number, got {value!r}")
+    return float(value)
+
+
 def check_density(op: str, density: Any) -> float:
     """density as a float in (0, 1]."""
-    density = check.real(op, "density", density)
+    density = real(op, "density", density)
     if not 0 < density <= 1:
         raise ValueError(
             f"{op}: density must lie in (0, 1], got {density}: it is the fraction kept, 0.9 keeps 90% (hidden-networks calls "
@@ -680,7 +689,7 @@ def threshold_mask(scores: Tensor, threshold: float = 0.0) -> Tensor:
     """
     op = "threshold_mask"
     _check_scores(op, scores)
-    threshold = check.real(op, "threshold", threshold)
+    threshold = real(op, "threshold", threshold)
     if threshold != threshold:  # noqa: PLR0124 (compilers can't trace math.isnan)
         raise ValueError(f"{op}: threshold must not be NaN")
     return _threshold_mask(scores.detach(), threshold)

@@ -5,8 +5,10 @@ to find them by. The product with x, that with a gradient, and the inner product
 each one's gradient is made of the other two.
 """
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import _C
 from . import _checks as check
-from ._register import looped, register, transforming
+from ._register import calls, looped, register, transforming
 from .maskmm import packed_bits
 
 FORMATS = ("bitmap", "csr16", "slab", "dense")
@@ -151,12 +153,11 @@ def _sparse_linear_jvp(ctx: Any, x_t: Tensor | None, values_t: Tensor | None, *t
 def _in_batch(name: str) -> Any:
     """The vmap rule of a product with [.., K]: a batch of these is one more dimension of it."""
     one_by_one = looped(name)
-    op = getattr(torch.ops.fourfold, name).default
 
     def rule(info: Any, in_dims: tuple[Any, ...], factor: Tensor, *others: Any) -> Any:
         if any(dim is not None for dim in in_dims[1:]):
             return one_by_one(info, in_dims, factor, *others)
-        return op(factor.movedim(in_dims[0], 0), *others), 0
+        return calls[name](factor.movedim(in_dims[0], 0), *others), 0
 
     return rule
 
@@ -300,15 +301,23 @@ def _look(bits: Tensor, k: int, nnz: int | None, format: str, dtype: torch.dtype
     return Places(nnz, starts, None if format in {"bitmap", "dense"} else _mask_columns(bits, nnz))
 
 
+@contextlib.contextmanager
+def _outliving() -> Iterator[None]:
+    """For tensors that are kept: ordinary ones without history, whoever asks for them first."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def places_of(bits: Tensor, k: int, nnz: int | None, format: str, dtype: torch.dtype) -> Places:  # noqa: A002
     """What the format keeps besides values of this dtype and bits, made once for each mask."""
     if not _remembers(bits):
         return _look(bits, k, nnz, format, dtype)
     of_mask = _known.setdefault(bits, {})
     key = format, dtype if format == "slab" else None
-    if key not in of_mask or of_mask[key][0] != bits._version:
-        with torch.no_grad():
-            of_mask[key] = bits._version, _look(bits, k, nnz, format, dtype)
+    state = bits._version, bits.data_ptr()
+    if key not in of_mask or of_mask[key][0] != state:
+        with _outliving():
+            of_mask[key] = state, _look(bits, k, nnz, format, dtype)
     found: Places = of_mask[key][1]
     return found
 
@@ -370,13 +379,14 @@ class SparseWeight:
             )
         self._values, self._mask, self._shape, self._format = values, mask, shape, format
         self._reason, self._places = reason, places
-        self._version = mask._version if _remembers(mask) else 0
+        self._seen = (mask._version, mask.data_ptr()) if _remembers(mask) else None
+        self._batch_hint: int | None = None  # where the format was chosen by it
 
     def _found(self) -> Places:
         """Where values are found, looked up again where somebody has changed the mask."""
-        if _remembers(self._mask) and self._mask._version != self._version:
+        if _remembers(self._mask) and (self._mask._version, self._mask.data_ptr()) != self._seen:
             anew = SparseWeight(self._values, self._mask, self._shape, self._format)
-            self._places, self._version = anew._places, anew._version
+            self._places, self._seen = anew._places, anew._seen
         return self._places
 
     @property
@@ -464,15 +474,16 @@ class SparseWeight:
         )
 
     def _decompressed(self) -> Tensor:
-        """The dense weight, kept as long as nobody changes or differentiates the values."""
+        """The dense weight, of frozen values kept as long as nobody changes them."""
         values, mask = self._values, self._mask
-        if not _remembers(values) or not _remembers(mask) or (values.requires_grad and torch.is_grad_enabled()):
+        # Not of values that are trained: fused optimizers and writes through .data leave no trace.
+        if not _remembers(values) or not _remembers(mask) or values.requires_grad:
             return self.decompress()
         found = _known.setdefault(values, {})
         # A module that is moved or converted exchanges what is in its parameters without a new version.
-        made_from = values._version, values.data_ptr(), values.dtype, mask._version, self._shape
+        made_from = values._version, values.data_ptr(), values.dtype, mask._version, mask.data_ptr(), self._shape
         if found.get("mask") is not mask or found["made_from"] != made_from:  # an address might be another mask's by now
-            with torch.no_grad():
+            with _outliving():
                 found.update(mask=mask, made_from=made_from, dense=self.decompress())
         dense: Tensor = found["dense"]
         return dense
@@ -496,7 +507,7 @@ def _shape(op: str, shape: Any) -> tuple[int, int]:
 def _bits(op: str, mask: Any, like: Tensor, n: int, k: int) -> Tensor:
     """A mask argument as packed bits of a weight [n, k] on like's device; looked through once, until somebody changes it."""
     if isinstance(mask, Tensor) and _remembers(mask):
-        looked_at = mask._version, n, k, like.device
+        looked_at = mask._version, mask.data_ptr(), n, k, like.device
         if mask.dtype == torch.uint8 and mask.is_contiguous() and _known.get(mask, {}).get("looked_at") == looked_at:
             return mask
     bits = packed_bits(op, mask, like.detach().new_empty(1).expand(n, k))
@@ -518,7 +529,7 @@ Table = tuple[tuple[float, tuple[tuple[float, str], ...]], ...]
 _ANY = float("inf")
 
 #: Measured on one core of a Zen 4 with AVX-512 and BF16 at 4096 x 4096 and at 1024 or 4096 x 1024 (float16 and float64 at the
-#: latter alone); "dense" is F.linear. How far apart they are is in docs/maskmm.md.
+#: latter alone); "dense" is F.linear.
 TABLE: dict[torch.dtype, Table] = {
     torch.float16: (
         (4, ((0.25, "dense"), (0, "csr16"))),
@@ -528,13 +539,14 @@ TABLE: dict[torch.dtype, Table] = {
     torch.bfloat16: (
         (4, ((0.8, "dense"), (0.15, "bitmap"), (0, "csr16"))),
         (32, ((0.25, "dense"), (0, "csr16"))),
-        (_ANY, ((0.45, "dense"), (0.15, "slab"), (0, "csr16"))),
+        (128, ((0.45, "dense"), (0.25, "slab"), (0, "csr16"))),
+        (_ANY, ((0.4, "dense"), (0.25, "bitmap"), (0, "csr16"))),
     ),
     torch.float32: (
         (4, ((0.65, "dense"), (0.25, "bitmap"), (0, "csr16"))),
-        (8, ((0.65, "dense"), (0.4, "bitmap"), (0, "csr16"))),
+        (32, ((0.65, "dense"), (0, "csr16"))),
         (128, ((0.65, "dense"), (0.15, "slab"), (0, "csr16"))),
-        (_ANY, ((0.6, "dense"), (0.4, "bitmap"), (0, "slab"))),
+        (_ANY, ((0.6, "dense"), (0.07, "slab"), (0, "csr16"))),
     ),
     torch.float64: (
         (4, ((0.65, "dense"), (0, "csr16"))),
@@ -551,8 +563,8 @@ AMX_TABLE: Table = (
 )
 
 
-def _from_table(values: Tensor, density: float, batch: int, k: int) -> tuple[str, str]:
-    """(format, reason)."""
+def from_table(values: Tensor, density: float, batch: int, k: int) -> tuple[str, str]:
+    """(format, reason) for values of this dtype and device."""
     tiles = values.dtype == torch.bfloat16 and values.device.type == "cpu" and _C.machine_capability() == "amx"
     table = AMX_TABLE if tiles else TABLE[values.dtype]
     formats = next(formats for most, formats in table if batch <= most)
@@ -560,7 +572,7 @@ def _from_table(values: Tensor, density: float, batch: int, k: int) -> tuple[str
     if format == "csr16" and k > 65536:
         format = "slab"  # noqa: A001
     rows = f"{batch} row{'s' * (batch > 1)} of x"
-    return format, f"the fastest in its table at density {density:.2g} with {rows} in {check.dtype_name(values)}"
+    return format, f"the fastest measured at density {density:.2g} with {rows} in {check.dtype_name(values)}"
 
 
 #: What tuning found, by size, density, batch, dtype, device and threads.
@@ -640,12 +652,15 @@ def compress(
     _check_columns(op, format, k)
     nnz = places_of(bits, k, None, "bitmap", weight.dtype).nnz
     values = _gather_mask(weight, bits, nnz)
-    density, reason = nnz / max(n * k, 1), "asked for"
+    density = nnz / max(n * k, 1)
+    chosen, reason = format, "asked for"
     if format == "auto":
-        format, reason = _from_table(values, density, batch, k)  # noqa: A001
+        chosen, reason = from_table(values, density, batch, k)
     elif format == "tune":
-        format, reason = _by_timing(values, bits, n, k, density, batch)  # noqa: A001
-    return SparseWeight(values, bits, (n, k), format, reason=reason)
+        chosen, reason = _by_timing(values, bits, n, k, density, batch)
+    result = SparseWeight(values, bits, (n, k), chosen, reason=reason)
+    result._batch_hint = batch if format == "auto" else None
+    return result
 
 
 def sparse_linear(x: Tensor, sparse_weight: SparseWeight, bias: Tensor | None = None) -> Tensor:

@@ -302,16 +302,16 @@ class _CommonAlpha:
         self._places: list[dict[str, Any]] = []
         for layer in model.modules():
             alpha, masks = (getattr(layer, name, None) for name in ("alpha", "mask_bits"))
-            if isinstance(alpha, Tensor) and isinstance(masks, Tensor):
+            if isinstance(alpha, Tensor) and isinstance(masks, Tensor) and self._place(layer) is not None:
                 self.masks.append(masks)
                 self.own.append(alpha)
-                self._places.append(self._place(layer))
+                self._places.append(self._place(layer) or {})
 
     @staticmethod
-    def _place(layer: torch.nn.Module) -> dict[str, Any]:
-        """Where alpha is kept: among the buffers, the parameters or the plain attributes."""
+    def _place(layer: torch.nn.Module) -> dict[str, Any] | None:
+        """Where alpha is kept: among buffers, parameters or plain attributes; None in a wrapper that only hands on."""
         places: tuple[dict[str, Any], ...] = (layer._buffers, layer._parameters, layer.__dict__)
-        return next(place for place in places if "alpha" in place)
+        return next((place for place in places if "alpha" in place), None)
 
     def set(self, alpha: Tensor) -> None:
         for place, masks in zip(self._places, self.masks, strict=True):
