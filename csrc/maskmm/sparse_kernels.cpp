@@ -907,16 +907,22 @@ void dots(const void* a_, const void* b_, int64_t depth, const uint16_t* columns
       }
     }
 #endif
-    for (; d + L <= depth; d += L) {
-      const Vec<T> x = load(a + d);
+    // In pieces, so that few lanes don't lose what many would keep.
+    Vec<T> totals[L] = {};
+    while (d + L <= depth) {
+      for (const int64_t end = least(depth, d + 64 * L); d + L <= end; d += L) {
+        const Vec<T> x = load(a + d);
 #pragma GCC unroll 16
-      for (int g = 0; g < L; ++g) sums[g] += x * load(rows[g] + d);
+        for (int g = 0; g < L; ++g) sums[g] += x * load(rows[g] + d);
+      }
+      for (int g = 0; g < L; ++g) totals[g] += sums[g], sums[g] = Vec<T>{};
     }
     if (d < depth) {
       const Vec<T> x = load_first(a + d, depth - d);
 #pragma GCC unroll 16
       for (int g = 0; g < L; ++g) sums[g] += x * load_first(rows[g] + d, depth - d);
     }
+    for (int g = 0; g < L; ++g) sums[g] += totals[g];
     const Vec<T> result = over_lanes_of_all<T>(sums);
     some == L ? store(values + i, result) : store_first(values + i, result, some);
   }
