@@ -451,25 +451,6 @@ FOURFOLD_INLINE void spread_bits(uint64_t bits, uint8_t* p) {
 #endif
 }
 
-// The 64-bit products x * factor as their high and low words.
-FOURFOLD_INLINE void multiply_wide(Bits32 x, uint32_t factor, Bits32& high, Bits32& low) {
-  typedef uint64_t Bits64 __attribute__((vector_size(kVectorBytes)));
-#if defined(__AVX512F__)
-  const __m512i f = _mm512_set1_epi32((int)factor);
-  const Bits64 even = (Bits64)_mm512_mul_epu32((__m512i)x, f), odd = (Bits64)_mm512_mul_epu32((__m512i)((Bits64)x >> 32), f);
-#elif defined(__AVX2__)
-  const __m256i f = _mm256_set1_epi32((int)factor);
-  const Bits64 even = (Bits64)_mm256_mul_epu32((__m256i)x, f), odd = (Bits64)_mm256_mul_epu32((__m256i)((Bits64)x >> 32), f);
-#elif defined(__x86_64__)
-  const __m128i f = _mm_set1_epi32((int)factor);
-  const Bits64 even = (Bits64)_mm_mul_epu32((__m128i)x, f), odd = (Bits64)_mm_mul_epu32((__m128i)((Bits64)x >> 32), f);
-#else
-  const Bits64 even = ((Bits64)x & 0xffffffff) * factor, odd = ((Bits64)x >> 32) * factor;
-#endif
-  low = (Bits32)((even & 0xffffffff) | (odd << 32));
-  high = (Bits32)((even >> 32) | (odd & 0xffffffff00000000));
-}
-
 FOURFOLD_INLINE int popcount(uint64_t bits) {
 #if defined(__AVX2__)
   return static_cast<int>(_mm_popcnt_u64(bits));

@@ -420,10 +420,10 @@ def _seed(op: str, seed: Any, device: torch.device) -> Tensor:
     return torch.full((), _word(op, "seed", seed), dtype=torch.int64, device=device)
 
 
-def real(op: str, name: str, value: Any) -> float:
-    """Any kind of real number (numpy's too) as a float; raises TypeError for the rest."""
-    if isinstance(value, (float, torch.SymFloat)):  # a compiler's number has no __float__
-        return value  # type: ignore[return-value]
+def real(op: str, name: str, value: Any) -> Any:
+    """Any kind of real number (numpy's too) as a float, a compiler's as it is; raises TypeError for the rest."""
+    if isinstance(value, (float, torch.SymFloat)):
+        return value
     if isinstance(value, (bool, str, Tensor)) or not hasattr(value, "__float__"):
         raise TypeError(f"{op}: {name} must be a number, got {value!r}")
     return float(value)
