@@ -40,9 +40,9 @@ STABLE_TORCH_LIBRARY(fourfold, m) {
       "Tensor(b!)? activated) -> ()");
   m.def("_batch_sum(Tensor grad, Tensor? relu_output) -> (Tensor, Tensor)");
 
-  // maskmm: bits are uint8 [N, 8 * ceil(K / 64)], row-major, bit k of a row in bit k % 8 of byte k / 8, pad bits zero; masks are
-  // such bits [T, ..]. A weight, scores or mask [N, ...] counts as N rows of K. seed: int64, one element, all 64 bits of it;
-  // offset is 64 bits too.
+  // maskmm: bits are uint8 [N, 8 * ceil(K / 64)], row-major, bit k of a row in bit k % 8 of byte k / 8, pad bits zero; masks
+  // are such bits [T, ..]. A weight, scores or mask [N, ...] counts as N rows of K. seed: int64, one element, all 64 bits of
+  // it; offset is 64 bits too.
   m.def("pack_mask(Tensor mask) -> Tensor");
   m.def("unpack_mask(Tensor bits, SymInt k) -> Tensor");
   m.def("bernoulli_mask(Tensor scores, Tensor seed, int offset) -> Tensor");
