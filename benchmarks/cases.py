@@ -123,9 +123,49 @@ CONV6 = (
     Layer((60, 256, 8, 8), 256, 3, 1, "Conv-6's sixth layer"),
 )
 
+
+class Pair(NamedTuple):
+    """Two layers of equally many neurons, seen on the same samples."""
+
+    features: int
+    samples: int
+    source: str
+
+    def __str__(self) -> str:
+        return f"{self.features}x{self.samples}"
+
+
+NARROW_PAIR = Pair(64, 2000, "neurons x datapoints: two narrow layers on a small data set")
+PAIR = Pair(256, 10000, "neurons x datapoints: two layers of a CIFAR network on its test set")
+MEDIUM_PAIR = Pair(512, 10000, "neurons x datapoints: two wider layers on that test set")
+WIDE_PAIR = Pair(1024, 20000, "neurons x datapoints: two layers of a transformer of width 1024 on 20 000 tokens")
+PAIRS = (NARROW_PAIR, PAIR, MEDIUM_PAIR, WIDE_PAIR)
+
+
+class Maps(NamedTuple):
+    """A layer's activations on a batch of images."""
+
+    images: int
+    channels: int
+    height: int
+    width: int
+    source: str
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self[:4]))
+
+
+RESIDUAL_MAPS = (
+    Maps(64, 64, 56, 56, "a ResNet-50's first stage, 224 x 224"),
+    Maps(128, 256, 28, 28, "a ResNet-50's second stage"),
+    Maps(256, 512, 14, 14, "a ResNet-50's third stage"),
+    Maps(256, 2048, 7, 7, "a ResNet-50's last stage: 49 pixels an image"),
+)
+
 RANDOM_RANGE = "B odd in 1..15, C in 1..4, H and W in 97..640"
 RANDOM_LAYERS = "B odd in 1..15, 1..96 channels in and out, H and W in 17..160, 1 x 1 or 3 x 3, stride 1 or 2"
 RANDOM_LINEARS = "N and K in 33..2000, M in 1..200"
+RANDOM_PAIRS = "16..300 neurons, 12 to 40 times as many datapoints"
 
 
 def random_images(seed: int, count: int = 6) -> list[Shape]:
@@ -162,3 +202,13 @@ def random_linears(seed: int, count: int = 6) -> list[Linear]:
         Linear(draw.randint(33, 2000), draw.randint(33, 2000), draw.randint(1, 200), f"seed {seed}: {RANDOM_LINEARS}")
         for _ in range(count)
     ]
+
+
+def random_pairs(seed: int, count: int = 6) -> list[Pair]:
+    """`count` pairs of layers drawn from RANDOM_PAIRS."""
+    draw = random.Random(seed)
+    drawn = []
+    for _ in range(count):
+        features = draw.randint(16, 300)
+        drawn.append(Pair(features, draw.randint(12 * features, 40 * features), f"seed {seed}: {RANDOM_PAIRS}"))
+    return drawn

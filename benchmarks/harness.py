@@ -35,6 +35,8 @@ SCHEMA = 1  # of the JSON document
 TIMING_SECONDS = 2e-3  # one timing lasts at least this long; short calls are looped
 CACHED_SECONDS = 5e-3  # a longer call has more data than caches hold
 LARGEST_ROUNDS = 200
+SLOW_SECONDS = 2.0  # a longer call is timed once beforehand
+SLOW_ROUND = 10.0  # of longer rounds three are enough
 STATES = {
     "out": "results land in warm memory: in the contestant's own out= where it has one, else in a heap that keeps its pages",
     "heap": "every call allocates its result, nobody uses out=, and the heap keeps its pages (on a GPU torch's allocator does)",
@@ -108,6 +110,7 @@ class Contestant:
     reference: where it computes something else than the case: a yardstick, or a rival for the same purpose, such as pixels
         where ours has coefficients.
     tensors: of what the call gives, where that is no tensors; outside the clock.
+    share: of the case's work that a call does, where all of it would take too long; its times are divided by it.
     """
 
     name: str
@@ -115,6 +118,7 @@ class Contestant:
     tolerance: Tolerance | None = None  # where its precision is another than the case's
     reference: Callable[[Any], Any] | None = None
     tensors: Callable[[Any], Any] | None = None
+    share: float = 1.0
 
     def result(self, call: Call) -> tuple[torch.Tensor, ...]:
         return _tensors(self.tensors(call()) if self.tensors else call())
@@ -138,6 +142,8 @@ class Case:
     held: of a case with a backward pass, the problem's tensors; told is what each contestant saves for it beyond them.
     bytes: what the op must read and write, timed beside a copy of as many; 0 where memory is not what it waits for.
     flops: of the usual algorithm, for the share of the GEMM peak.
+    gemm: the type of the matmul that makes that peak.
+    peak: whether told is what each contestant's call needs in memory at its height, beyond what is there before it.
     handles: so many of what a call handles; told is how many a second.
     threaded: whether threads are of use to it.
     overhead: the problem is so small that only the cost of the call is left, timed beside the yardstick, or where there is
@@ -159,6 +165,8 @@ class Case:
     state: str = "out"
     bytes: int = 0
     flops: int = 0
+    gemm: torch.dtype = torch.float32
+    peak: bool = False
     handles: tuple[int, str] | None = None
     threaded: bool = True
     source: str = ""  # where the shape comes from
@@ -217,9 +225,8 @@ def deviation(got: Any, reference: Any, tolerance: Tolerance) -> tuple[float, st
     worst, outside = 0.0, False
     for g, r in zip(got, reference, strict=True):
         absolute = tolerance.absolute * (r.square().mean().sqrt().item() if tolerance.of_rms else 1)
-        for part, expected in zip(
-            g.detach().split(1), r.split(1), strict=True
-        ):  # by parts: float64 copies of all of it are large
+        rows = zip(*(torch.atleast_1d(t.detach()).split(1) for t in (g, r)), strict=True)
+        for part, expected in rows:  # by parts: float64 copies of all of it are large
             error = (part.double() - expected).abs().nan_to_num(nan=math.inf, posinf=math.inf)
             worst = max(worst, error.max().item()) if error.numel() else worst
             outside |= bool((error > absolute + tolerance.relative * expected.abs()).any())
@@ -242,6 +249,37 @@ def saved_for_backward(call: Call, held: Iterable[torch.Tensor]) -> dict[str, in
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     anyway = {t.untyped_storage().data_ptr() for t in (*held, *results)}
     return {"bytes": sum(sizes.values()), "anew": sum(size for place, size in sizes.items() if place not in anyway)}
+
+
+def _settled_memory() -> int:
+    """Resident bytes once the heap has given back what is free in it; from here on the kernel notes the largest anew."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
+
+
+def _resident(field: str) -> int:
+    """Bytes of a field of /proc/self/status."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+def peak_memory(call: Call, device: torch.device) -> int:
+    """Bytes that a call needs at its height, beyond those that live before it, its result included.
+
+    On the CPU what is resident: the holes of a kept heap count, so that only the state "fresh" tells what lives.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    before = _settled_memory()
+    call()
+    return max(0, _resident("VmHWM") - before)
 
 
 # --- the machine ----------------------------------------------------------------------------------------------------------
@@ -356,10 +394,12 @@ def _time_cuda(call: Call, loops: int) -> float:
 
 
 class Race:
-    """Calls that take turns; `times[name]` holds seconds per call, one entry a round."""
+    """Calls that take turns; `times[name]` holds seconds per call over the call's share, one entry a round."""
 
-    def __init__(self, calls: dict[str, Call], clock: Callable[[Call, int], float]) -> None:
-        self.calls, self.clock = calls, clock
+    def __init__(
+        self, calls: dict[str, Call], clock: Callable[[Call, int], float], shares: dict[str, float] | None = None
+    ) -> None:
+        self.calls, self.clock, self.shares = calls, clock, shares or {}
         self.times: dict[str, list[float]] = {name: [] for name in calls}
         self.rounds = 0
         once = {name: self._once(call) for name, call in calls.items()}
@@ -370,13 +410,14 @@ class Race:
 
     def _once(self, call: Call) -> float:
         call()  # the first call pays for plans, caches and pages
-        return min(self.clock(call, 1) for _ in range(2))
+        once = self.clock(call, 1)
+        return once if once > SLOW_SECONDS else min(once, self.clock(call, 1))
 
     def play_round(self) -> None:
         for name in turn_order(list(self.calls), self.rounds):
             for _ in range(self.leads[name]):
                 self.calls[name]()
-            self.times[name].append(self.clock(self.calls[name], self.loops[name]))
+            self.times[name].append(self.clock(self.calls[name], self.loops[name]) / self.shares.get(name, 1.0))
         self.rounds += 1
 
     def rounds_within(self, seconds: float, fewest: int) -> int:
@@ -387,6 +428,10 @@ def play(play_round: Callable[[], None], rounds: int) -> None:
     """The plain drive, for where pytest-benchmark is missing."""
     for _ in range(rounds):
         play_round()
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class Session:
@@ -433,12 +478,12 @@ class Session:
             self._problem = (case, case.problem(self.device), {})
         return self._problem[1:]
 
-    def _gemm_peak(self, threads: int) -> float:
-        """float32 flop/s of a large square matmul, the best of ten."""
-        key = str(threads)
+    def _gemm_peak(self, threads: int, dtype: torch.dtype) -> float:
+        """flop/s of a large square matmul, the best of ten."""
+        key = str(threads) + (f" {_name_of(dtype)}" if dtype != torch.float32 else "")
         if key not in self.peaks:
             n = 8192 if self.device.type == "cuda" else 1024
-            a, b, c = (torch.ones(n, n, device=self.device) for _ in range(3))
+            a, b, c = (torch.ones(n, n, device=self.device, dtype=dtype) for _ in range(3))
             multiply = functools.partial(torch.mm, a, b, out=c)
             multiply()
             self.peaks[key] = 2 * n**3 / min(self.clock(multiply, 1) for _ in range(10))
@@ -512,15 +557,19 @@ class Session:
             problem, _ = self._given(case)
             if case.held is not None:
                 result["saved"] = {name: saved_for_backward(call, case.held(problem)) for name, call in calls.items()}
+            if case.peak:
+                result["peak"] = {name: peak_memory(call, self.device) for name, call in calls.items()}
             if case.overhead and not case.yardsticks:
                 calls["clone"] = problem.clone
             elif case.bytes and not case.overhead:
                 calls["copy_"] = self._copy(case)
             # The cost of a call is the processor's, whatever the device does meanwhile.
-            race, watch = Race(calls, _time_cpu if case.overhead else self.clock), LoadWatch()
+            shares = {contestant.name: contestant.share for contestant in (*case.rivals, *case.yardsticks)}
+            race, watch = Race(calls, _time_cpu if case.overhead else self.clock, shares), LoadWatch()
             if self.settings.seconds is not None:
                 seconds -= time.perf_counter() - began  # preparing counts, where time is short
-            rounds = race.rounds_within(seconds, fewest=3 if self.settings.quick else 7)
+            few = self.settings.quick or race.round_seconds > SLOW_ROUND
+            rounds = race.rounds_within(seconds, fewest=3 if few else 7)
             collecting = gc.isenabled()
             gc.disable()
             faults = page_faults()
@@ -561,7 +610,8 @@ class Session:
             summary["copy_share"] = ratios(race.times["copy_"], ours)
             summary["gb_per_s"] = case.bytes / statistics.median(ours) * 1e-9
         if case.flops:
-            summary["gemm_share"] = case.flops / statistics.median(ours) / self._gemm_peak(threads)
+            summary["gemm_share"] = case.flops / statistics.median(ours) / self._gemm_peak(threads, case.gemm)
+            summary["gemm"] = _name_of(case.gemm)
         if case.handles:
             count, what = case.handles
             summary["rate"] = {"of": what, "per_second": spread([count / t for t in ours])}

@@ -92,6 +92,18 @@ def _saved(result: Result) -> str:
     )
 
 
+def _peak(result: Result) -> str:
+    """What a call needs in memory beyond what was there before it."""
+    return ", ".join(f"{who} {size * 1e-6:.0f} MB" for who, size in result.get("peak", {}).items())
+
+
+def _gemm_share(result: Result) -> str:
+    if "gemm_share" not in result:
+        return ""
+    dtype = result.get("gemm", "float32")
+    return f"{result['gemm_share']:.2f}" + (f" ({dtype})" if dtype != "float32" else "")
+
+
 def line(result: Result) -> str:
     """A result on the terminal; no speed where the answer was wrong."""
     head = f"{run_name(result)}:"
@@ -108,6 +120,8 @@ def line(result: Result) -> str:
         head += f" {_spread(result['overhead_us'], ' µs', 1)} over {over}" + (f", goal {goal:g} µs" if goal else "")
     else:
         head += " " + ", ".join(filter(None, [ms, _rate(result), _costs(result) or _share(result), _versus(result)]))
+        head += f"; {_gemm_share(result)} of the GEMM peak" * ("gemm" in result and result["gemm"] != "float32")
+        head += f"; peak memory {_peak(result)}" * ("peak" in result)
     return head + "".join(f"\n    warning: {warning}" for warning in result["warnings"])
 
 
@@ -213,6 +227,7 @@ COLUMNS = (
     "against the best rival",
     "other rivals",
     "saved for backward",
+    "peak memory",
 )
 WHERE_KNOWN = {  # columns for some tables only
     "rate": "rate",
@@ -220,6 +235,7 @@ WHERE_KNOWN = {  # columns for some tables only
     "share of copy_": "copy_share",
     "share of GEMM peak": "gemm_share",
     "saved for backward": "saved",
+    "peak memory": "peak",
 }
 
 
@@ -243,10 +259,11 @@ def _row(result: Result, columns: Sequence[str] = COLUMNS) -> list[str]:
             "rate": _rate(result) or "–",
             "cost over the yardstick": _costs(result) or "–",
             "share of copy_": _spread(result["copy_share"]) if "copy_share" in result else "–",
-            "share of GEMM peak": f"{result['gemm_share']:.2f}" if "gemm_share" in result else "–",
+            "share of GEMM peak": _gemm_share(result) or "–",
             "against the best rival": _versus(result),
             "other rivals": rest or "–",
             "saved for backward": _saved(result) or "–",
+            "peak memory": _peak(result) or "–",
         }
     return [cells.get(column, "–") for column in columns]
 
@@ -324,11 +341,15 @@ def _legend(document: Document) -> str:
         "backward is what autograd keeps, *anew* what neither the arguments nor the results keep alive anyway. A convolution's "
         "flops are those without coordinates. "
     ) * any(result.get("cost") for result in document["results"])
+    others = sorted({result.get("gemm", "float32") for result in document["results"]} - {"float32"})
+    gemms = f"A share of the GEMM peak with a type in brackets is against a matmul of that type ({', '.join(others)}). "
+    peaks = "Peak memory is what a call needs at its height beyond what was there before it, its result included. "
+    more = gemms * bool(others) + peaks * any("peak" in result for result in document["results"])
     return (
         "Medians with quartiles in brackets. A ratio is taken within each round, in which ours and every rival run once; "
         "above 1 we are faster. The share of `copy_` is against a copy of as many bytes into a warm tensor, the share of the "
         "GEMM peak against a float32 matmul; flops are those of the matrix form. ⚠: the machine was not quiet. "
-        f"{yardsticks}{states}"
+        f"{yardsticks}{more}{states}"
     )
 
 

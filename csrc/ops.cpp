@@ -81,4 +81,10 @@ STABLE_TORCH_LIBRARY(fourfold, m) {
   m.def("task_linear(Tensor x, Tensor weight, Tensor masks, Tensor task, Tensor? bias) -> Tensor");
   m.def("_task_linear_transposed(Tensor grad, Tensor weight, Tensor masks, Tensor task) -> Tensor");
   m.def("_task_outer(Tensor grad, Tensor x, Tensor masks, Tensor task) -> Tensor");
+
+  // cca: x [N, C, S] with any strides is N * S samples of C features; sample n * S + s. Statistics are float64.
+  m.def("_pack_samples(Tensor x, Tensor pivot, int first, Tensor(a!) panel, Tensor(b!) sums, Tensor(c!) norms) -> ()");
+  m.def("_add_wide_(Tensor(a!) total, Tensor part) -> ()");
+  m.def("_count_nonfinite(Tensor x) -> Tensor");
+  m.def("_gram_(Tensor x, Tensor y, Tensor(a!) total) -> ()");
 }

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fourfold as ff
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fourfold.benchmarks.harness import LoadWatch, Race, ratios, set_allocation_state, spread
@@ -456,7 +457,111 @@ def time_maskmm(photos: Tensor) -> list[Row]:
     ]
 
 
-SECTIONS = [blockdct, coordconv, maskmm]  # one per family: prints what it finds, draws its panel, gives its rows
+# ---- cca -------------------------------------------------------------------------------------------------------------
+
+
+def cca(photos: Tensor, panel: Any) -> list[Row]:
+    """Two networks learn to clean noisy crops of the photos, from different starts: which layers come to say the same."""
+    torch.manual_seed(0)
+    crops = corners(photos / 255 - 0.5, count=64, size=32)
+    noisy = crops + 0.2 * torch.randn_like(crops)
+    one, two = cleaner(), cleaner()
+    before = ff.compare(one, two, noisy.split(16), layers="layer*", progress=False)
+    for network in (one, two):
+        learn_to_clean(network, noisy, crops)
+    after = ff.compare(one, two, noisy.split(16), layers="layer*", progress=False)
+
+    with torch.no_grad():
+        x, y = (network[0](noisy).movedim(1, 3).flatten(0, 2) for network in (one, two))  # [samples, 16]
+    mixed = y @ torch.randn(16, 16) + torch.randn(16)
+    changes = {
+        "CCA": (ff.cca(x, mixed).rho - ff.cca(x, y).rho).abs().max(),
+        "CKA": (ff.cka(x, mixed) - ff.cka(x, y)).abs(),
+    }
+    listed = ", ".join(f"{name} by {change:.0e}" for name, change in changes.items())
+    print(f"  a random linear map of a layer's neurons changes {listed}")
+    layers = len(before.layers_a)
+    for method in ("svcca", "cka"):
+        means = [result.matrix[method].diagonal().mean() for result in (before, after)]
+        print(f"  {method} of the {layers} layers with their counterparts: {means[0]:.2f} untrained, {means[1]:.2f} trained")
+    draw_cca(panel, before, after)
+    return time_cca(photos)
+
+
+def corners(photos: Tensor, count: int, size: int) -> Tensor:
+    """[count, 3, size, size]: random crops of the photos, by turns."""
+    height, width = photos.shape[2:]
+    tops, lefts = torch.randint(height - size, (count,)).tolist(), torch.randint(width - size, (count,)).tolist()
+    places = enumerate(zip(tops, lefts, strict=True))
+    return torch.stack([photos[i % len(photos), :, top : top + size, left : left + size] for i, (top, left) in places])
+
+
+def cleaner() -> torch.nn.Sequential:
+    """Four convolutions with ReLUs, layer1 to layer4, and one that makes an image of them."""
+    network = torch.nn.Sequential()
+    for i in range(4):
+        convolution = torch.nn.Conv2d(3 if i == 0 else 16, 16, 3, padding=1)
+        network.add_module(f"layer{i + 1}", torch.nn.Sequential(convolution, torch.nn.ReLU()))
+    network.add_module("image", torch.nn.Conv2d(16, 3, 3, padding=1))
+    return network
+
+
+def learn_to_clean(network: torch.nn.Module, noisy: Tensor, clean: Tensor, steps: int = 80) -> None:
+    """A few steps of Adam."""
+    optimiser = torch.optim.Adam(network.parameters(), lr=0.005)
+    for _ in range(steps):
+        some = torch.randint(len(noisy), (8,))
+        optimiser.zero_grad()
+        F.mse_loss(network(noisy[some]), clean[some]).backward()
+        optimiser.step()
+
+
+def draw_cca(panel: Any, before: Any, after: Any) -> None:
+    """All layers of one network with all of the other, before and after training, by both measures."""
+    axes = panel.subplots(1, 4)
+    for place, (when, result) in enumerate({"untrained": before, "trained": after}.items()):
+        result.plot(axes[2 * place : 2 * place + 2])
+        for ax, (method, matrix) in zip(axes[2 * place : 2 * place + 2], result.matrix.items(), strict=True):
+            for i, line in enumerate(matrix.tolist()):
+                for j, value in enumerate(line):
+                    ax.text(j, i, f"{value:.2f}", ha="center", va="center", color="black" if value > 0.6 else "white")
+            ax.set(title=f"{method}, {when}", xlabel="second network", ylabel="first network", aspect="equal")
+            ax.tick_params(labelsize=10, labelrotation=0)
+
+
+def time_cca(photos: Tensor) -> list[Row]:
+    """CCA of two convolutional layers on crops of the photos, beside what people write: all activations as rows of a matrix."""
+    torch.manual_seed(1)
+    crops = corners(photos / 255 - 0.5, count=16, size=56)
+    with torch.no_grad():
+        x, y = (F.conv2d(crops, torch.randn(64, 3, 3, 3) / 5, padding=1).relu() for _ in range(2))
+
+    def ours() -> Tensor:
+        stream = ff.StreamingCCA(pairs=[("x", "y")])
+        for a, b in zip(x.split(4), y.split(4), strict=True):
+            stream.update({"x": a, "y": b})
+        return stream.compute("cca").matrix[0, 1]
+
+    def rows(z: Tensor) -> Tensor:
+        z = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).double()
+        return z - z.mean(0)
+
+    def decomposed() -> Tensor:
+        bases = [torch.linalg.qr(rows(z)).Q for z in (x, y)]
+        return torch.linalg.svdvals(bases[0].T @ bases[1]).mean()
+
+    def covariance() -> Tensor:
+        a, b = (rows(z).numpy() for z in (x, y))
+        roots = []
+        for z in (a, b):
+            values, vectors = np.linalg.eigh(z.T @ z)
+            roots.append(vectors / np.sqrt(values))
+        return torch.tensor(np.linalg.svd(roots[0].T @ (a.T @ b) @ roots[1], compute_uv=False).mean())
+
+    return compare("StreamingCCA, cca", x, ours, {"permute + numpy eigh, svd": covariance, "permute + QR, svdvals": decomposed})
+
+
+SECTIONS = [blockdct, coordconv, maskmm, cca]  # one per family: prints what it finds, draws its panel, gives its rows
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
 // The kernels of every tier that this processor runs, against naive loops in double, without torch and Python: block DCT here,
-// rgb_to_dct in kernels_rgb.h, CoordConv in kernels_coordconv.h, masks in kernels_maskmm.h.
+// rgb_to_dct in kernels_rgb.h, CoordConv in kernels_coordconv.h, masks in kernels_maskmm.h, similarity in kernels_cca.h.
 // Buffers have exactly the size that is needed, so that a stray access is seen. For one tier:
 //
 //   g++ -std=c++17 -O0 -g -fsanitize=address,undefined -march=x86-64-v3 -DFOURFOLD_ISA=avx2 -Icsrc
@@ -21,6 +21,7 @@
 
 #include "blockdct/kernels.h"
 #include "blockdct/rgb.h"
+#include "cca/kernels.h"
 #include "common/isa.h"
 #include "coordconv/kernels.h"
 #include "maskmm/kernels.h"
@@ -32,6 +33,7 @@
   extern const coordconv::Kernels coordconv_kernels; \
   extern const maskmm::Kernels maskmm_kernels;       \
   extern const sampling::Kernels sampling_kernels;   \
+  extern const cca::Kernels cca_kernels;             \
   }
 #define ENTRY(tier)                    \
   {fourfold::Tier::tier,               \
@@ -39,7 +41,8 @@
    &fourfold::tier::rgbdct_kernels,    \
    &fourfold::tier::coordconv_kernels, \
    &fourfold::tier::maskmm_kernels,    \
-   &fourfold::tier::sampling_kernels}
+   &fourfold::tier::sampling_kernels,  \
+   &fourfold::tier::cca_kernels}
 #if defined(FOURFOLD_ISA)
 DECLARE(FOURFOLD_ISA)
 #elif defined(__x86_64__)
@@ -65,6 +68,7 @@ const struct {
   const fourfold::coordconv::Kernels* coordconv;
   const fourfold::maskmm::Kernels* maskmm;
   const fourfold::sampling::Kernels* sampling;
+  const fourfold::cca::Kernels* cca;
 } kTiers[] = {
 #if defined(FOURFOLD_ISA)
     ENTRY(FOURFOLD_ISA),
@@ -437,12 +441,13 @@ void test_normalize(const Kernels& kernels, const char* tier) {
 
 }  // namespace
 
+#include "kernels_cca.h"
 #include "kernels_coordconv.h"
 #include "kernels_maskmm.h"
 #include "kernels_rgb.h"
 
 int main() {
-  for (const auto& [tier, kernels, rgb, coordconv, maskmm, sampling] : kTiers) {
+  for (const auto& [tier, kernels, rgb, coordconv, maskmm, sampling, cca] : kTiers) {
     const char* name = fourfold::name_of(tier);
     if (tier > fourfold::machine_tier()) {
       std::printf("%s: not run, this processor lacks it\n", name);
@@ -454,6 +459,7 @@ int main() {
     test_rgb(*rgb, name);
     test_coordconv(*coordconv, name);
     test_maskmm(*maskmm, *sampling, name);
+    test_cca(*cca, name);
     std::printf("%s: %ld comparisons, %ld failed\n", name, checked, failed);
     if (failed) return 1;
   }

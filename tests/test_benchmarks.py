@@ -15,6 +15,8 @@ import pytest
 import torch
 from fourfold.benchmarks import __main__ as program
 from fourfold.benchmarks import (
+    bench_cca,
+    bench_cca_streaming,
     bench_files,
     bench_jpeg,
     bench_maskmm,
@@ -24,6 +26,7 @@ from fourfold.benchmarks import (
     every_case,
     harness,
     report,
+    svcca_numpy,
 )
 from fourfold.benchmarks.harness import Absent, Case, Contestant, Group, Session, Settings, Tolerance
 from fourfold.benchmarks.options import add_options, to_arguments, to_settings
@@ -118,6 +121,20 @@ def test_a_race_interleaves_and_loops_short_calls():
     assert race.rounds_within(1e9, fewest=3) == harness.LARGEST_ROUNDS
 
 
+def test_times_of_a_part_are_those_of_the_whole():
+    clock = FakeClock(whole=harness.CACHED_SECONDS * 2, part=harness.CACHED_SECONDS * 2)
+    race = harness.Race({name: clock.call(name) for name in clock.seconds}, clock, {"part": 0.05})
+    race.play_round()
+    assert race.times["part"] == [pytest.approx(20 * race.times["whole"][0])]
+    assert race.round_seconds == pytest.approx(4 * harness.CACHED_SECONDS)  # which is what it takes
+
+
+def test_a_slow_call_is_timed_once_beforehand():
+    clock = FakeClock(slow=harness.SLOW_SECONDS * 2, short=harness.CACHED_SECONDS * 2)
+    harness.Race({name: clock.call(name) for name in clock.seconds}, clock)
+    assert clock.ran == ["slow"] * 2 + ["short"] * 3
+
+
 # --- checking -------------------------------------------------------------------------------------------------------------
 
 
@@ -136,6 +153,10 @@ def test_deviation(got, complaint):
     got, expected = (torch.tensor(values, dtype=torch.float64) for values in (got, [1.0, 2.0]))
     _, found = harness.deviation(got, expected, TOLERANCE)
     assert found == complaint if complaint is None else complaint in found
+
+
+def test_deviation_of_a_number():
+    assert harness.deviation(torch.tensor(1.5), torch.tensor(1.0), TOLERANCE)[0] == 0.5
 
 
 def test_a_tolerance_of_rms_measures_each_tensor_by_itself():
@@ -164,11 +185,58 @@ def test_the_cost_is_our_time_over_the_yardsticks(session, monkeypatch):
     race = harness.Race({name: clock.call(name) for name in clock.seconds}, clock)
     race.play_round()
     case = toy(yardsticks=(tripled(),))
-    monkeypatch.setattr(session, "_gemm_peak", lambda threads: 1.0)
+    monkeypatch.setattr(session, "_gemm_peak", lambda threads, dtype: 1.0)
     race.times["copy_"] = [1e-3]
     summary = session._summary(case, race, 1)
     assert summary["cost"]["tripling"]["median"] == pytest.approx(3)
     assert summary["ratio"]["sound"]["median"] == pytest.approx(1.5)
+
+
+def test_a_share_of_the_work_is_checked_by_itself_and_its_time_scaled(session):
+    half = Contestant("half", lambda x, state: lambda: x[:50] * 2, reference=lambda x: x[:50].double() * 2, share=0.5)
+    result = session.run(dataclasses.replace(toy(), rivals=(half,)), threads=1)
+    assert result["wrong"] == {} and set(result["ratio"]) == {"half"}
+    whole = dataclasses.replace(half, reference=None)
+    assert session.run(dataclasses.replace(toy(), rivals=(whole,)), threads=1)["wrong"]["half"].startswith("shape")
+
+
+def test_the_gemm_peak_is_that_of_the_cases_type(session):
+    result = session.run(toy(gemm=torch.float64), threads=1)
+    document = session.document()
+    assert set(document["gemm_peak_flops"]) == {"1 float64"} and result["gemm"] == "float64"
+    assert " (float64) of the GEMM peak" in report.line(result)
+    assert " (float64) |" in report.docs_page({"run.json": document})
+    assert "matmul of that type (float64)" in report._legend(document)
+    session.run(toy(), threads=1)
+    assert set(session.document()["gemm_peak_flops"]) == {"1 float64", "1"}
+
+
+PEAK = """
+import torch
+from fourfold.benchmarks.harness import peak_memory, set_allocation_state
+set_allocation_state("fresh")
+def call():
+    first = torch.ones(2**24)
+    second = first * 2
+    del first
+    return second * 3
+call()
+print(peak_memory(call, torch.device("cpu")), peak_memory(lambda: torch.ones(10), torch.device("cpu")))
+"""
+
+
+def test_peak_memory_counts_what_lives_at_once():
+    # In a process of its own: a kept heap counts its holes as well.
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    two, none = (int(size) / 2**26 for size in done.stdout.split())
+    assert 1.98 < two < 2.05 and none < 0.02
+
+
+def test_peak_memory_is_told(session):
+    result = session.run(toy(peak=True), threads=1)
+    assert set(result["peak"]) == {"fourfold", "sound", "rival"} and "; peak memory fourfold 0 MB" in report.line(result)
+    page = report.docs_page({"run.json": session.document()})
+    assert "| peak memory |" in page and "Peak memory is what a call needs" in page
 
 
 def test_a_wrong_yardstick_gets_no_cost(session):
@@ -547,8 +615,8 @@ def test_list(capsys):
         (
             ["--family", "nope"],
             (
-                "--family: must be one of blockdct, blockdct_domain, blockdct_rgb, coordconv, jpeg, maskmm, maskmm_sparse, "
-                "maskmm_superposed, got 'nope'"
+                "--family: must be one of blockdct, blockdct_domain, blockdct_rgb, cca, cca_streaming, coordconv, jpeg, "
+                "maskmm, maskmm_sparse, maskmm_superposed, got 'nope'"
             ),
         ),
         (["--op", "nope"], "no case fits"),
@@ -610,6 +678,12 @@ def test_random_layers_lie_in_the_stated_range_and_follow_the_seed():
     drawn = every_case(Settings(random_shapes=True, seed=5, family="maskmm"))
     sizes = {f"{rows}x{columns}" for rows, columns, *_ in cases.random_linears(5)}
     assert drawn and all(any(size in case.label for size in sizes) for case in drawn)
+    for seed in range(50):
+        for features, samples, _ in cases.random_pairs(seed):
+            assert 16 <= features <= 300 and 12 * features <= samples <= 40 * features
+    drawn = every_case(Settings(random_shapes=True, seed=5, family="cca"))
+    sizes = {str(pair) for pair in cases.random_pairs(5)}
+    assert drawn and all(any(size in case.label for size in sizes) for case in drawn)
     drawn = every_case(Settings(random_shapes=True, seed=5, family="coordconv"))
     sizes = {layer.input for layer in cases.random_layers(5)}
     assert drawn and all(any("x".join(map(str, size)) in case.label for size in sizes) for case in drawn)
@@ -642,6 +716,7 @@ def _functions() -> set[str]:
 
 # What takes time and is no function over tensors.
 OTHERS = {"jpeg.read", "jpeg.read_batch", "jpeg.DctDataset", "models.dct_resnet50"}
+OTHERS |= {"StreamingCCA", "StreamingCCA.update", "_gram_", "compare"}
 
 
 def test_every_function_is_raced_and_its_overhead_stated():
@@ -757,6 +832,76 @@ def test_flushed_weights_take_turns(monkeypatch):
 
     call = bench_maskmm_sparse.flushed(prepare)(None, "heap")
     assert [call() for _ in range(6)] == [0, 1, 2, 3, 0, 1] and len(made) == 4
+
+
+# --- similarity ------------------------------------------------------------------------------------------------------------
+
+SMALL_PAIR = cases.Pair(12, 200, "small")
+
+
+def _small_similarities() -> list[Case]:
+    settings = Settings()
+    given = [bench_cca._cca(settings, SMALL_PAIR), bench_cca._cca_fast(SMALL_PAIR), bench_cca._svcca(SMALL_PAIR)]
+    given += [bench_cca._pwcca(SMALL_PAIR), bench_cca._cka(SMALL_PAIR), bench_cca._cka_unbiased(SMALL_PAIR)]
+    given += [bench_cca._cka_rbf(SMALL_PAIR), *(bench_cca._features(op, SMALL_PAIR) for op in ("procrustes", "rv"))]
+    given += [bench_cca._loss(op, SMALL_PAIR) for op in bench_cca.LOSSES]
+    given += [bench_cca._all_cka(3, 24, 48), bench_cca._dft(100, 5, 6, "small")]
+    for precision in ("high", "fast"):
+        given += [
+            bench_cca_streaming._all_pairs(4, 12, 300, 128, precision),
+            bench_cca_streaming._update(4, 12, 300, 128, precision),
+        ]
+        given += [bench_cca_streaming._memory(64, 5, 6, precision)]
+    maps = cases.Maps(3, 20, 5, 7, "small")
+    given += [bench_cca_streaming._gram(maps, dtype) for dtype in (torch.bfloat16, torch.float16)]
+    return [*given, bench_cca_streaming._compare((5, 7), 2, 2)]
+
+
+def test_every_contestant_for_similarity_is_right_on_small_layers(session):
+    torch.set_num_threads(1)
+    small = _small_similarities()
+    assert {case.op for case in small} == {case.op for case in every_case(Settings(family="cca"))}
+    for case in small:
+        calls, _, wrong, absent = session._entrants(case)
+        assert not wrong and not absent, (case.name, wrong, absent)
+        assert len(calls) == 1 + len(case.rivals) + len(case.yardsticks)
+
+
+def test_pairs_race_at_the_sizes_of_the_goals():
+    labels = {case.label for case in every_case(Settings(family="cca")) if case.op == "cca" and case.headline}
+    assert {"256x10000", "1024x20000"} <= labels
+    loops = [case for case in every_case(Settings(family="cca")) if case.op == "StreamingCCA" and "210 pairs" in case.label]
+    for case in loops:
+        [loop] = [rival for rival in case.rivals if "reference loop" in rival.name]
+        assert loop.share == 5 / 210 and "(5 of 210 pairs, extrapolated)" in loop.name
+    assert {case.headline for case in loops} == {True, False} and len(loops) == 3
+    shown = {case.label for case in every_case(Settings(family="cca")) if case.op == "_gram_"}
+    assert {f"bfloat16 {size}" for size in ("64x64x56x56", "128x256x28x28", "256x512x14x14", "256x2048x7x7")} < shown
+
+
+def test_the_full_size_races_where_it_is_asked_for():
+    asked = every_case(Settings(family="cca", match="3072 images"))
+    assert len(asked) == 2 and all("(2466 MB)" in case.label for case in asked)
+    assert not any("3072" in case.label for case in every_case(Settings(family="cca", match="2 layers")))
+
+
+def test_the_reference_algorithm_drops_still_neurons_and_damps():
+    pair = bench_cca.Pair(SMALL_PAIR, False, torch.device("cpu"))
+    x, y = pair.x.double().numpy().T, pair.y.double().numpy().T
+    rho = svcca_numpy.canonical(x, y).rho
+    torch.testing.assert_close(torch.from_numpy(rho), bench_cca.exact_cca(pair), rtol=0, atol=1e-12)
+    still = x.copy()
+    still[3] = still[3].mean() + 1e-6 * (still[3] - still[3].mean())
+    assert svcca_numpy.canonical(still, y, 1e-10).root_x.shape == (11, 11)
+    assert (svcca_numpy.canonical(x, y, 1e-2).rho < rho).all()
+
+
+def test_the_reference_algorithm_keeps_the_leading_directions():
+    pair = bench_cca.Pair(SMALL_PAIR, False, torch.device("cpu"))
+    kept = svcca_numpy.principal(pair.x.double().numpy().T)
+    s = bench_cca.exact_basis(pair.x)[1]
+    share = (s.square().cumsum(0) / s.square().sum()).tolist()
+    assert share[len(kept) - 2] < 0.99 <= share[len(kept) - 1] and 1 < len(kept) < 12
 
 
 # --- files and networks ---------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """CUDA implementations written in Triton, a file per family, a launcher per op and named as it. Needs Triton."""
 
-from . import blockdct, coordconv, maskmm
+from . import blockdct, cca, coordconv, maskmm
 from .blockdct import dct_normalize
+from .cca import add_wide, count_nonfinite, gram, pack_samples
 from .coordconv import add_map, batch_sum, coord_tables, coord_tables_backward
 from .maskmm import (
     apply_mask,
@@ -21,22 +22,31 @@ from .maskmm import (
 )
 
 #: One list per family of (kernel, signature, constants, options): what CI compiles for every supported architecture.
-COMPILED = {"blockdct": blockdct.COMPILED, "coordconv": coordconv.COMPILED, "maskmm": maskmm.COMPILED}
+COMPILED = {
+    "blockdct": blockdct.COMPILED,
+    "coordconv": coordconv.COMPILED,
+    "maskmm": maskmm.COMPILED,
+    "cca": cca.COMPILED,
+}
 
 __all__ = [
     "COMPILED",
     "add_map",
+    "add_wide",
     "apply_mask",
     "batch_sum",
     "bernoulli_mask",
     "coord_tables",
     "coord_tables_backward",
+    "count_nonfinite",
     "dct_normalize",
+    "gram",
     "mask_gradients",
     "masked_dots",
     "masked_linear",
     "masked_linear_backward",
     "pack_mask",
+    "pack_samples",
     "sddmm",
     "superpose",
     "task_linear",

@@ -459,6 +459,123 @@ FOURFOLD_INLINE int popcount(uint64_t bits) {
 #endif
 }
 
+// ---- doubles from any type -----------------------------------------------------------------------------------------------
+
+// Half as many floats as a vector has: as many as it has doubles.
+typedef float HalfFloats __attribute__((vector_size(kVectorBytes / 2)));
+typedef float LooseHalfFloats __attribute__((vector_size(kVectorBytes / 2), aligned(4), may_alias));
+
+// The compiler would convert half of them at a time.
+FOURFOLD_INLINE Vec<double> to_doubles(HalfFloats x) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_cvtps_pd((__m256)x);
+#else
+  return __builtin_convertvector(x, Vec<double>);
+#endif
+}
+FOURFOLD_INLINE HalfFloats to_floats(Vec<double> x) {
+#if defined(__AVX512F__)
+  return (HalfFloats)_mm512_cvtpd_ps((__m512d)x);
+#else
+  return __builtin_convertvector(x, HalfFloats);
+#endif
+}
+
+FOURFOLD_INLINE void split(Vec<float> x, Vec<double> (&to)[2]) {
+#if defined(__AVX512F__)
+  to[0] = to_doubles((HalfFloats)_mm512_castps512_ps256((__m512)x));
+  to[1] = to_doubles((HalfFloats)_mm512_extractf32x8_ps((__m512)x, 1));
+#else
+  union {
+    Vec<float> whole;
+    HalfFloats halves[2];
+  } parts = {x};
+  for (int i = 0; i < 2; ++i) to[i] = to_doubles(parts.halves[i]);
+#endif
+}
+
+// kLanes<float> elements from p on, or the first n of them and zeros.
+template <typename E>
+FOURFOLD_INLINE void load_doubles(const E* p, Vec<double> (&to)[2]) {
+  if constexpr (sizeof(E) == 8) {
+    for (int i = 0; i < 2; ++i) to[i] = load(p + i * kLanes<double>);
+  } else if constexpr (sizeof(E) == 4) {
+    for (int i = 0; i < 2; ++i) to[i] = to_doubles(*(const LooseHalfFloats*)(p + i * kLanes<double>));
+  } else {
+    split(load(p), to);
+  }
+}
+template <typename E>
+FOURFOLD_INLINE void load_doubles_first(const E* p, int64_t n, Vec<double> (&to)[2]) {
+  if constexpr (sizeof(E) == 8) {
+    constexpr int kHalf = kLanes<double>;
+    to[0] = load_first(p, n < kHalf ? n : kHalf);
+    to[1] = n > kHalf ? load_first(p + kHalf, n - kHalf) : Vec<double>{};
+  } else {
+    split(load_first(p, n), to);
+  }
+}
+
+// What an element of type T holds of x.
+FOURFOLD_INLINE Vec<double> rounded_to(Vec<double> x, float) { return to_doubles(to_floats(x)); }
+FOURFOLD_INLINE Vec<double> rounded_to(Vec<double> x, double) { return x; }
+
+FOURFOLD_INLINE void store_rounded(float* p, Vec<double> x) { *(LooseHalfFloats*)p = to_floats(x); }
+FOURFOLD_INLINE void store_rounded(double* p, Vec<double> x) { store(p, x); }
+
+// ---- pairs of bfloat16 ---------------------------------------------------------------------------------------------------
+
+// Two numbers that meet two others in an inner product, the first in the low bits; a Vec<float> holds as many pairs as floats.
+struct BFloat16Pair {
+  uint32_t bits;
+};
+
+#if defined(__AVX512BF16__)
+constexpr bool kDotsPairs = true;
+#else
+constexpr bool kDotsPairs = false;  // nothing is gained by them
+#endif
+
+// sum + a.first * b.first + a.second * b.second, in float: products of normal numbers are exact. The instruction takes
+// subnormals, of factors and of results, for zero.
+FOURFOLD_INLINE Vec<float> dot_pairs(Vec<float> sum, BFloat16Pair a, Vec<float> b) {
+#if defined(__AVX512BF16__)
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a.bits), (__m512bh)b);
+#else
+  const Bits32 factors = Bits32{} + a.bits, bits = (Bits32)b;
+  sum += (Vec<float>)(factors & 0xffff0000u) * (Vec<float>)(bits & 0xffff0000u);
+  return sum + (Vec<float>)(factors << 16) * (Vec<float>)(bits << 16);
+#endif
+}
+
+// Pairs of elements that follow each other, the first n of them (n <= twice the floats of a vector) and zeros.
+FOURFOLD_INLINE Vec<float> load_neighbours(const BFloat16* p, int64_t n) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_maskz_loadu_epi16(n >= 32 ? 0xffffffffu : (1u << n) - 1, p);
+#else
+  BFloat16 pairs[2 * kLanes<float>] = {};
+  for (int64_t i = 0; i < n; ++i) pairs[i] = p[i];
+  return *(const Loose<float>*)pairs;
+#endif
+}
+
+// The n numbers at `first` (n <= the floats of a vector) each beside the one at `second`, or beside a zero if that is null.
+FOURFOLD_INLINE Vec<float> zip_pairs(const BFloat16* first, const BFloat16* second, int64_t n) {
+#if defined(__AVX512F__)
+  const __mmask16 wanted = (__mmask16)((1u << n) - 1);
+  const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(wanted, first));
+  if (second == nullptr) return (Vec<float>)low;
+  const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(wanted, second));
+  return (Vec<float>)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+#else
+  Bits32 pairs{};
+  for (int64_t i = 0; i < n; ++i) {
+    pairs[i] = first[i].bits | (second == nullptr ? 0u : static_cast<uint32_t>(second[i].bits) << 16);
+  }
+  return (Vec<float>)pairs;
+#endif
+}
+
 // ---- lanes ---------------------------------------------------------------------------------------------------------------
 
 #if defined(__clang__)

@@ -9,14 +9,19 @@ from importlib.metadata import version as _version
 from . import _load as _load
 from . import compat as compat
 from . import jpeg as jpeg
+from . import metrics as metrics
 from . import models as models
 from . import nn as nn
 from . import reference as reference
 from ._facts import build_info, cpu_capability, has_cuda, has_jpeg, has_triton
+from .comparison import Comparison, compare
 from .ops._coord_plan import CoordSpec
 from .ops.blockdct import block_dct, block_idct, dct_normalize, zigzag
 from .ops.blockdct_domain import dct_crop, dct_downscale2, dct_flip, dct_rot90
 from .ops.blockdct_rgb import dct_to_rgb, rgb_to_dct
+from .ops.cca import CCAResult, cca, cka, procrustes, pwcca, rv, svcca
+from .ops.cca_dft import dft_cca
+from .ops.cca_streaming import Similarity, StreamingCCA
 from .ops.coordconv import add_coords, coord_conv1d, coord_conv2d, coord_conv3d, coord_conv_transpose2d
 from .ops.maskmm import (
     bernoulli_mask,
@@ -37,14 +42,21 @@ from .tickets import prune_and_rewind
 __version__ = _version("fourfold")
 
 __all__ = [
+    "CCAResult",
+    "Comparison",
     "CoordSpec",
+    "Similarity",
     "SparseWeight",
+    "StreamingCCA",
     "__version__",
     "add_coords",
     "bernoulli_mask",
     "block_dct",
     "block_idct",
     "build_info",
+    "cca",
+    "cka",
+    "compare",
     "compat",
     "compress",
     "coord_conv1d",
@@ -58,6 +70,7 @@ __all__ = [
     "dct_normalize",
     "dct_rot90",
     "dct_to_rgb",
+    "dft_cca",
     "has_cuda",
     "has_jpeg",
     "has_triton",
@@ -66,17 +79,22 @@ __all__ = [
     "mask_from_criterion",
     "masked_conv2d",
     "masked_linear",
+    "metrics",
     "models",
     "nn",
     "pack_mask",
+    "procrustes",
     "prune_and_rewind",
+    "pwcca",
     "reference",
     "rgb_to_dct",
+    "rv",
     "sddmm",
     "sparse_linear",
     "supermask_conv2d",
     "supermask_linear",
     "superposed_linear",
+    "svcca",
     "task_linear",
     "threshold_mask",
     "topk_mask",

@@ -42,6 +42,10 @@ TRITON_OPS = (
     "task_linear",
     "_task_linear_transposed",
     "_task_outer",
+    "_pack_samples",
+    "_add_wide_",
+    "_count_nonfinite",
+    "_gram_",
 )
 
 #: What is missing here: {"jpeg", or where there is a GPU "cuda" or "triton" implementations of ops: reason and remedy}.

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-OPTIONAL = {"triton": "dct_normalize, coordconv, most of maskmm and torch.compile run in it"}
+OPTIONAL = {"triton": "dct_normalize, coordconv, most of maskmm, cca and torch.compile run in it"}
 
 
 def ops_of(row):
@@ -115,17 +115,17 @@ def measure(run, case, device, small, bandwidth):
     try:
         contest = case.make(device, small)
         expected = [part.double() for part in parts(contest.ours(contest.inputs[0]))]
-        ours = seconds_per_call(contest.ours, contest.inputs)
+        ours = seconds_per_call(contest.ours, contest.inputs, graph=contest.graph)
         found["us"] = round(ours * 1e6, 1)
         crossing = None if small else contest.moved  # small: it is all in a cache
         found["share"] = crossing and round(crossing / ours / bandwidth, 3)
         for floor, call in contest.floor.items():
-            found[f"of {floor}"] = round(seconds_per_call(call, contest.inputs) / ours, 3)
+            found[f"of {floor}"] = round(seconds_per_call(call, contest.inputs, graph=contest.graph) / ours, 3)
         for rival, call in contest.rivals.items():
             pairs = zip(parts(call(contest.inputs[0])), expected, strict=True)
             error = max((part.double() - right).abs().max().item() for part, right in pairs)
             if error <= contest.tolerance:
-                found[f"times {rival}"] = round(seconds_per_call(call, contest.inputs) / ours, 2)
+                found[f"times {rival}"] = round(seconds_per_call(call, contest.inputs, graph=contest.graph) / ours, 2)
             else:
                 problems.append(f"{rival} differs by {error:.3g}")
     except Exception as error:  # as in check: told, and the run fails
@@ -139,9 +139,9 @@ def measure(run, case, device, small, bandwidth):
 
 def everything(device, budget, output):
     import torch
-    from gpu import cases_blockdct, cases_blockdct_rgb, cases_coordconv, cases_maskmm, harness
+    from gpu import cases_blockdct, cases_blockdct_rgb, cases_cca, cases_coordconv, cases_maskmm, harness
 
-    families = (cases_blockdct, cases_blockdct_rgb, cases_coordconv, cases_maskmm)
+    families = (cases_blockdct, cases_blockdct_rgb, cases_coordconv, cases_maskmm, cases_cca)
     small = device.type != "cuda"
     if not small and not torch.cuda.is_available():
         sys.exit("gpu-check needs a GPU that torch can use; run it with --device cpu to try the checks themselves")

@@ -21,6 +21,9 @@ TOLERANCE = {
     torch.float16: (2**-11, 8e-6),
 }
 
+# Seconds of rounds after which calls without a graph are known well enough.
+ENOUGH = 2.0
+
 
 class Unavailable(Exception):
     """This machine cannot run the case; the text says why."""
@@ -56,6 +59,7 @@ class Contest:
     rivals: dict[str, Callable[[Tensor], Result]]
     tolerance: float
     floor: dict[str, Callable[[Tensor], Result]] = dataclasses.field(default_factory=dict)  # does less: ours can't beat it
+    graph: bool = True  # False: calls wait for the device, so that no graph can hold them, and their launches count
 
 
 def needs_gpu(device: torch.device) -> None:
@@ -124,16 +128,25 @@ def rotation(moved: int, device: torch.device) -> int:
     return max(3, math.ceil(4 * torch.cuda.get_device_properties(device).L2_cache_size / moved))
 
 
-def seconds_per_call(call: Callable[[Tensor], Result], inputs: list[Tensor], rounds: int = 7) -> float:
-    """Median over rounds of one call per input. On a GPU a round replays a graph, so that launches cost nothing."""
+def seconds_per_call(call: Callable[[Tensor], Result], inputs: list[Tensor], rounds: int = 7, *, graph: bool = True) -> float:
+    """Median over rounds of one call per input. On a GPU a round replays a graph, so that launches cost nothing.
+
+    Without a graph they do, and fewer rounds do where they take long.
+    """
     device = inputs[0].device
-    if device.type != "cuda":
+    if device.type != "cuda" or not graph:
         call(inputs[0])
         spans = []
         for _ in range(rounds):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             start = time.perf_counter()
             results = [call(x) for x in inputs]
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             spans.append((time.perf_counter() - start) / len(results))
+            if not graph and sum(spans) * len(results) > ENOUGH:
+                break
         return statistics.median(spans)
 
     side = torch.cuda.Stream(device)
@@ -142,14 +155,14 @@ def seconds_per_call(call: Callable[[Tensor], Result], inputs: list[Tensor], rou
         for _ in range(2):
             call(inputs[0])
     torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
         results = [call(x) for x in inputs]  # all kept: each is written to memory of its own
     spans = []
     for _ in range(rounds + 1):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        recorded.replay()
         end.record()
         end.synchronize()
         spans.append(start.elapsed_time(end) * 1e-3 / len(results))

@@ -10,9 +10,11 @@ import triton.language as tl
 from fourfold import triton_kernels
 from fourfold.ops import coordconv as coordconv_functions
 from fourfold.triton_kernels import add_map, batch_sum, coord_tables, coord_tables_backward, dct_normalize
+from fourfold.triton_kernels import cca as cca_kernels
 from fourfold.triton_kernels import coordconv as coordconv_kernels
 from fourfold.triton_kernels import maskmm as maskmm_kernels
 from gpu import cases_blockdct as blockdct
+from gpu import cases_cca as cca
 from gpu import cases_coordconv as coordconv
 from gpu import cases_maskmm as maskmm
 from gpu import harness
@@ -365,3 +367,109 @@ TASK = torch.zeros(4, dtype=torch.int64)
 def test_refusals_of_maskmm(op, given, words):
     with pytest.raises(ValueError, match=f"{op}: {words}"):
         getattr(MASKMM, op)(*given)
+
+
+# ---- cca ----
+
+CCA = types.SimpleNamespace(
+    **{name: getattr(triton_kernels, name.strip("_")) for name in ("_pack_samples", "_add_wide_", "_count_nonfinite", "_gram_")}
+)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Of a Gram matrix, in few steps; 16-bit factors widened: the interpreter takes bfloat16 for integers, and is slow."""
+    large, small = 32, 16
+    for name in ("ALONG", "ALONG_PIECES", "SUMS"):
+        monkeypatch.setattr(cca_kernels, name, 256)
+    monkeypatch.setattr(cca_kernels, "PROGRAMS", {large: (4, 2), small: (6, 1)})
+    monkeypatch.setattr(cca_kernels, "PRODUCT", {large: {}, small: {}})
+    monkeypatch.setattr(cca_kernels, "BLOCK", large)
+    monkeypatch.setattr(cca_kernels, "SMALL", small)
+    monkeypatch.setattr(cca_kernels, "_factor_type", lambda dtype: tl.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cca.name_of)
+def test_pack_samples(dtype):
+    panels, styles = (cca.PANELS, cca.STYLES) if dtype == torch.bfloat16 else (cca.PANELS[1:2], cca.STYLES[:2])
+    cca.pack_matches(CCA, dtype, CPU, panels, styles)
+
+
+def test_add_wide():
+    cca.add_wide_matches(CCA, CPU)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=cca.name_of)
+def test_count_nonfinite(dtype):
+    cca.count_matches(CCA, dtype, CPU)
+
+
+@pytest.mark.parametrize("dtype", cca.HALVES, ids=cca.name_of)
+def test_gram(dtype, small_tiles):
+    if dtype == torch.bfloat16:
+        cca.grams_match(CCA, dtype, CPU, ((3, 24, 40, 8), (2, 34, 18, 36), (5, 9, 13, 49), (70, 16, 12, 1)))
+        cca.grams_match(CCA, dtype, CPU, cca.GRAMS[-1:], cca.STYLES[:2])  # three chunks
+    else:
+        cca.grams_match(CCA, dtype, CPU, cca.GRAMS[:1], cca.STYLES[:2])
+
+
+def test_gram_of_real_numbers(small_tiles):
+    cca.gram_rounds_little(CCA, torch.float16, CPU, (3, 20, 24, 400))
+
+
+def test_gram_in_large_tiles(monkeypatch):
+    monkeypatch.setattr(cca_kernels, "_factor_type", lambda dtype: tl.float32)
+    monkeypatch.setattr(cca_kernels, "SUMS", 1024)
+    cca.grams_match(CCA, torch.bfloat16, CPU, ((3, 130, 66, 12),), cca.STYLES[:1])
+
+
+def test_gram_of_nothing():
+    cca.nothing_to_multiply(CCA, CPU)
+
+
+def test_wide_indices_of_cca(small_tiles, monkeypatch):
+    """Those of tensors with more than 2**31 elements, and a copy of what is not aligned in parts, on small ones."""
+    monkeypatch.setattr(cca_kernels, "_is_wide", lambda elements: elements > 0)
+    monkeypatch.setattr(cca_kernels, "REPACKED", 500)
+    cca.pack_matches(CCA, torch.float32, CPU, cca.PANELS[1:2], cca.STYLES[::2])
+    cca.count_matches(CCA, torch.bfloat16, CPU)
+    cca.grams_match(CCA, torch.bfloat16, CPU, ((5, 9, 13, 49), (3, 24, 40, 8)), cca.STYLES[1::2])
+
+
+X = torch.zeros(2, 3, 5)
+HALF = X.bfloat16()
+WIDE_3 = torch.zeros(3, dtype=torch.float64)
+PACKED = (X, WIDE_3, 0, torch.zeros(4, 3), torch.zeros(4, dtype=torch.float64), torch.zeros(4))
+TOTAL = torch.zeros(3, 3, dtype=torch.float64)
+
+
+def changed(given, place, value):
+    return (*given[:place], value, *given[place + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("op", "given", "words"),
+    [
+        ("_pack_samples", changed(PACKED, 0, X.int()), r"x must be .* \[N, C, S\], got torch.int32"),
+        ("_pack_samples", changed(PACKED, 0, X[0]), r"x must be .* \[N, C, S\]"),
+        ("_pack_samples", changed(PACKED, 1, WIDE_3.float()), r"pivot must be torch.float64 \[3\]"),
+        ("_pack_samples", changed(PACKED, 2, 7), r"samples 7..11 must lie in 0..10"),
+        ("_pack_samples", changed(PACKED, 2, -1), r"samples -1..3 must lie in 0..10"),
+        ("_pack_samples", changed(PACKED, 3, torch.zeros(3, 4).T), "panel must be .* unit column stride"),
+        ("_pack_samples", changed(PACKED, 3, torch.zeros(4, 3).half()), "panel must be torch.float32"),
+        ("_pack_samples", changed(PACKED, 4, WIDE_3), r"sums must be torch.float64 \[4\]"),
+        ("_pack_samples", changed(PACKED, 5, torch.zeros(4, dtype=torch.float64)), r"norms must be torch.float32 \[4\]"),
+        ("_add_wide_", (TOTAL.float(), X[0, :, :3]), "total must be torch.float64"),
+        ("_add_wide_", (TOTAL, X[0]), r"part must be torch.float32 \(3, 3\)"),
+        ("_add_wide_", (TOTAL, X[0, :, :3].T), "part must be .* unit column stride"),
+        ("_count_nonfinite", (X.int(),), "x must be float16"),
+        ("_gram_", (X, X, TOTAL), "x must be torch.float16 or torch.bfloat16"),
+        ("_gram_", (HALF, HALF.half(), TOTAL), "y must be torch.bfloat16"),
+        ("_gram_", (HALF, HALF[:1], TOTAL), "x .* and y .* of the same N and S"),
+        ("_gram_", (HALF, HALF[:, :2], TOTAL), r"total must be torch.float64 \(3, 2\)"),
+        ("_gram_", (HALF, HALF, TOTAL.float()), r"total must be torch.float64 \(3, 3\)"),
+    ],
+)
+def test_refusals_of_cca(op, given, words):
+    with pytest.raises(ValueError, match=f"{op}: {words}"):
+        getattr(CCA, op)(*given)

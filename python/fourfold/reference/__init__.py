@@ -7,7 +7,7 @@ CUDA tensors run them where the native implementation is missing.
 from collections.abc import Callable
 from typing import Any
 
-from . import blockdct, blockdct_rgb, coordconv, maskmm, maskmm_sparse, maskmm_superposed
+from . import blockdct, blockdct_rgb, cca, cca_ops, coordconv, maskmm, maskmm_sparse, maskmm_superposed
 
 REFERENCES: dict[str, Callable[..., Any]] = {
     "block_dct": blockdct.block_dct,
@@ -43,6 +43,20 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "task_linear": maskmm_superposed.task_linear,
     "_task_linear_transposed": maskmm_superposed.task_linear_transposed,
     "_task_outer": maskmm_superposed.task_outer,
+    "_pack_samples": cca_ops.pack_samples,
+    "_add_wide_": cca_ops.add_wide_,
+    "_count_nonfinite": cca_ops.count_nonfinite,
+    "_gram_": cca_ops.gram_,
 }
 
-__all__ = ["REFERENCES", "blockdct", "blockdct_rgb", "coordconv", "maskmm", "maskmm_sparse", "maskmm_superposed"]
+__all__ = [
+    "REFERENCES",
+    "blockdct",
+    "blockdct_rgb",
+    "cca",
+    "cca_ops",
+    "coordconv",
+    "maskmm",
+    "maskmm_sparse",
+    "maskmm_superposed",
+]

@@ -1,0 +1,723 @@
+"""cca, svcca, pwcca, cka, procrustes, rv and dft_cca of activations in memory.
+
+Rivals: the algorithm of SVCCA's reference implementation (svcca_numpy), and what one writes in torch: a QR of each layer and
+the singular values of their product, or covariances and their eigenvalues. CKA's published forms make an n x n matrix of each
+layer. Of other libraries none that measures similarity is in the bench extra (netrep, anatome and cca-zoo do not race) but
+scikit-learn, whose iterative CCA races where it ends within seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import fourfold as ff
+import torch
+from torch import Tensor
+
+from . import cases as shapes
+from . import svcca_numpy as published
+from .harness import Absent, Call, Case, Contestant, Settings, Tolerance
+
+FAMILY = "cca"
+HIGH = Tolerance(1e-9, 1e-9)
+REFERENCE = Tolerance(1e-7, 1e-7)  # the reference algorithm inverts, then takes roots: it loses as much again
+SINGLE = Tolerance(1e-5, 1e-5)  # float32 all the way through
+FAST = Tolerance(1e-5, 1e-6)  # float32 products of float32 data: condition numbers are below 100
+GRADIENT = Tolerance(1e-6, 1e-6, of_rms=True)  # gradients are rounded to float32
+VARIANCE = 0.99
+
+
+# --- activations ----------------------------------------------------------------------------------------------------------
+
+
+def spectrum(features: int) -> Tensor:
+    """Scales of independent causes: an eighth of them strong, the others falling."""
+    return 1 / (1 + torch.arange(features) / (features / 8))
+
+
+class Pair:
+    """Two layers' float32 activations [n, d] on the same n samples. Half of what one sees the other sees; means are not 0."""
+
+    def __init__(self, place: shapes.Pair, gradient: bool, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        d, n = place.features, place.samples
+        scales = spectrum(d)
+
+        def layer(causes: Tensor) -> Tensor:
+            weight = torch.randn(d, d, generator=generator) / math.sqrt(d)
+            noise = torch.randn(n, d, generator=generator)
+            return ((causes * scales) @ weight).add_(noise, alpha=0.05).add_(1.0).to(device).requires_grad_(gradient)
+
+        own, common = (torch.randn(n, d, generator=generator) for _ in range(2))
+        self.x, self.y = layer(common), layer(common.mul_(0.7).add_(own, alpha=0.7))
+
+    def clone(self) -> Tensor:
+        return self.x.clone()
+
+
+def in_numpy(compute: Callable[..., Any]) -> Callable[[Any, str], Call]:
+    """A function of svcca_numpy on x and y as [neurons, datapoints]."""
+
+    def make(p: Pair, state: str) -> Call:
+        published.follow_torch_threads()
+        x, y = (t.detach().cpu().numpy().T for t in (p.x, p.y))
+        return lambda: compute(x, y)
+
+    return make
+
+
+def in_torch(compute: Callable[[Tensor, Tensor], Any], dtype: torch.dtype = torch.float64) -> Callable[[Any, str], Call]:
+    """A function of x and y, which it gets in this type."""
+    return lambda p, state: lambda: compute(p.x.to(dtype), p.y.to(dtype))
+
+
+rho_in_numpy = in_numpy(lambda x, y: published.canonical(x, y).rho)
+
+
+def _of_numpy(result: Any) -> Tensor:
+    return torch.from_numpy(result)
+
+
+def correlations(result: Any) -> Tensor:
+    return result.rho
+
+
+# --- the same in plain torch ----------------------------------------------------------------------------------------------
+
+
+def centred(x: Tensor) -> Tensor:
+    return x - x.mean(0)
+
+
+def kept_of(power: Tensor, variance: float) -> int:
+    """How many of these, which fall, hold that share."""
+    share = power.cumsum(0)
+    return int((share / share[-1] < variance).sum()) + 1
+
+
+def by_qr(x: Tensor, y: Tensor) -> Tensor:
+    """Canonical correlations."""
+    return torch.linalg.svdvals(torch.linalg.qr(centred(x))[0].T @ torch.linalg.qr(centred(y))[0])
+
+
+def basis_by_svd(x: Tensor, variance: float = VARIANCE) -> Tensor:
+    u, s, _ = torch.linalg.svd(centred(x), full_matrices=False)
+    return u[:, : kept_of(s.square(), variance)]
+
+
+def svcca_by_svd(x: Tensor, y: Tensor) -> Tensor:
+    return torch.linalg.svdvals(basis_by_svd(x).T @ basis_by_svd(y))
+
+
+def whitening(gram: Tensor, variance: float | None = None) -> Tensor:
+    """gram^-1/2 by eigh, of its leading directions where a share of the variance is given."""
+    w, v = torch.linalg.eigh(gram)
+    kept = len(w) if variance is None else kept_of(w.flip(0), variance)
+    return v[:, -kept:] / w[-kept:].sqrt()
+
+
+def by_gram(x: Tensor, y: Tensor, variance: float | None = None) -> Tensor:
+    x, y = centred(x), centred(y)
+    return torch.linalg.svdvals(whitening(x.T @ x, variance).T @ (x.T @ y) @ whitening(y.T @ y, variance))
+
+
+def _weighted(u: Tensor, rho: Tensor, basis: Tensor, x: Tensor) -> Tensor:
+    weights = (u.T @ (basis.T @ x)).abs().sum(1)
+    return (weights * rho).sum() / weights.sum()
+
+
+def pwcca_by_qr(x: Tensor, y: Tensor) -> Tensor:
+    x = centred(x)
+    basis = torch.linalg.qr(x)[0]
+    u, rho, _ = torch.linalg.svd(basis.T @ torch.linalg.qr(centred(y))[0])
+    return _weighted(u, rho, basis, x)
+
+
+def pwcca_by_gram(x: Tensor, y: Tensor) -> Tensor:
+    x, y = centred(x), centred(y)
+    gram = x.T @ x
+    root = whitening(gram)
+    u, rho, _ = torch.linalg.svd(root.T @ (x.T @ y) @ whitening(y.T @ y))
+    weights = (u.T @ (root.T @ gram)).abs().sum(1)
+    return (weights * rho).sum() / weights.sum()
+
+
+def cka_of_features(x: Tensor, y: Tensor) -> Tensor:
+    x, y = centred(x), centred(y)
+    return (x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
+
+
+def procrustes_of_features(x: Tensor, y: Tensor) -> Tensor:
+    x, y = centred(x), centred(y)
+    return torch.linalg.svdvals(x.T @ y).sum() / (x.norm() * y.norm())
+
+
+def doubly_centred(k: Tensor) -> Tensor:
+    return k - k.mean(0, keepdim=True) - k.mean(1, keepdim=True) + k.mean()
+
+
+def hsic_biased(k: Tensor, m: Tensor) -> Tensor:
+    return (doubly_centred(k) * doubly_centred(m)).sum()
+
+
+def hsic_unbiased(k: Tensor, m: Tensor) -> Tensor:
+    """HSIC_1 of kernel matrices without their diagonals, as its equation stands (Song et al., 2012)."""
+    n, one = len(k), k.new_ones(len(k), 1)
+    both = k @ m
+    crossed = (one.T @ k @ one) * (one.T @ m @ one) / ((n - 1) * (n - 2))
+    return ((both.trace() + crossed - 2 / (n - 2) * (one.T @ both @ one)) / (n * (n - 3))).squeeze()
+
+
+def hsic_by_elements(k: Tensor, m: Tensor) -> Tensor:
+    """The same without a product of matrices."""
+    n = len(k)
+    crossed = k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k.sum(0) @ m.sum(0))
+    return ((k * m).sum() + crossed) / (n * (n - 3))
+
+
+def alignment(hsic: Callable[[Tensor, Tensor], Tensor], k: Tensor, m: Tensor) -> Tensor:
+    return hsic(k, m) / (hsic(k, k) * hsic(m, m)).sqrt()
+
+
+def kernel(x: Tensor) -> Tensor:
+    return x @ x.T
+
+
+def without_diagonal(x: Tensor) -> Tensor:
+    return kernel(x).fill_diagonal_(0)
+
+
+def rbf(x: Tensor) -> Tensor:
+    """The bandwidth is the median of the distances between different samples."""
+    distance = torch.cdist(x, x)
+    rows, columns = torch.triu_indices(len(x), len(x), 1, device=x.device)
+    return torch.exp(distance.square() / (-2 * distance[rows, columns].median() ** 2))
+
+
+def cka_of_kernels(make: Callable[[Tensor], Tensor], hsic: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda x, y: alignment(hsic, make(x), make(y))
+
+
+# --- references -----------------------------------------------------------------------------------------------------------
+
+
+def exact_basis(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Left singular vectors and singular values of the centred x in float64."""
+    q, r = torch.linalg.qr(centred(x.detach().double()))
+    u, s, _ = torch.linalg.svd(r)
+    return q @ u, s
+
+
+def exact_cca(p: Pair) -> Tensor:
+    return torch.linalg.svdvals(exact_basis(p.x)[0].T @ exact_basis(p.y)[0])
+
+
+def exact_svcca(p: Pair) -> Tensor:
+    bases = [basis[:, : kept_of(s.square(), VARIANCE)] for basis, s in map(exact_basis, (p.x, p.y))]
+    return torch.linalg.svdvals(bases[0].T @ bases[1])
+
+
+def exact_pwcca(p: Pair) -> Tensor:
+    basis, other = (exact_basis(t)[0] for t in (p.x, p.y))
+    u, rho, _ = torch.linalg.svd(basis.T @ other)
+    return _weighted(u, rho, basis, centred(p.x.detach().double()))
+
+
+def exactly(compute: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Pair], Tensor]:
+    return lambda p: compute(p.x.detach().double(), p.y.detach().double())
+
+
+# --- one pair -------------------------------------------------------------------------------------------------------------
+
+
+def _pair_case(op: str, place: shapes.Pair, words: str = "", **changes: Any) -> Case:
+    gradient = changes.pop("gradient", False)
+    given = {
+        "family": FAMILY,
+        "op": op,
+        "label": f"{place}{words}",
+        "problem": functools.partial(Pair, place, gradient),
+        "tolerance": HIGH,
+        "state": "heap",
+        "handles": (1, "pairs"),
+        "source": place.source,
+    }
+    return Case(**(given | changes))
+
+
+def _cca(settings: Settings, place: shapes.Pair, **flags: bool) -> Case:
+    rivals = [
+        Contestant("reference algorithm, numpy", rho_in_numpy, REFERENCE, tensors=_of_numpy),
+        Contestant("Gram + eigh, float64", in_torch(by_gram)),
+        Contestant("QR + svdvals, float32", in_torch(by_qr, torch.float32), SINGLE),
+    ]
+    if place.features <= (64 if settings.quick else 512):
+        rivals.append(Contestant("QR + svdvals, float64", in_torch(by_qr)))  # always behind the Gram; 8 s at 1024 x 20000
+    if place.features <= 64 and not settings.quick:
+        rivals.append(Contestant("scikit-learn's CCA", by_sklearn, Tolerance(1e-3, 0.0), tensors=_of_numpy))
+    return _pair_case(
+        "cca",
+        place,
+        reference=exact_cca,
+        ours=Contestant("fourfold", lambda p, state: lambda: ff.cca(p.x, p.y), tensors=correlations),
+        rivals=tuple(rivals),
+        flops=place.samples * 2 * place.features * (2 * place.features + 1),
+        gemm=torch.float64,
+        **flags,
+    )
+
+
+def by_sklearn(p: Pair, state: str) -> Call:
+    """Component by component."""
+    try:
+        from sklearn.cross_decomposition import CCA
+    except ImportError:
+        raise Absent("not installed (pip install scikit-learn)") from None
+    import numpy as np
+
+    published.follow_torch_threads()
+    x, y = (t.double().cpu().numpy() for t in (p.x, p.y))
+
+    def call() -> Any:
+        a, b = CCA(x.shape[1], max_iter=2000, tol=1e-10).fit(x, y).transform(x, y)
+        a, b = (v / np.linalg.norm(v, axis=0) for v in (a, b))
+        return np.sort((a * b).sum(0))[::-1].copy()
+
+    return call
+
+
+def _cca_fast(place: shapes.Pair, **flags: bool) -> Case:
+    return _pair_case(
+        "cca",
+        place,
+        ', precision="fast"',
+        reference=exact_cca,
+        ours=Contestant("fourfold", lambda p, state: lambda: ff.cca(p.x, p.y, precision="fast"), tensors=correlations),
+        rivals=(
+            Contestant("reference algorithm, numpy", rho_in_numpy, REFERENCE, tensors=_of_numpy),
+            Contestant("QR + svdvals, float32", in_torch(by_qr, torch.float32), SINGLE),
+            Contestant("Gram + eigh, float32", in_torch(by_gram, torch.float32), Tolerance(1e-2, 0.0)),
+        ),
+        tolerance=FAST,
+        flops=place.samples * 2 * place.features * (2 * place.features + 1),
+        **flags,
+    )
+
+
+def _svcca(place: shapes.Pair, **flags: bool) -> Case:
+    truncated = functools.partial(by_gram, variance=VARIANCE)
+    rivals = [Contestant("Gram + eigh, float64", in_torch(truncated))]
+    if place.features <= 512:  # an SVD of every sample takes half a minute at 1024 x 20000
+        rivals += [
+            Contestant("SVD of each, then the reference, numpy", in_numpy(published.svcca), SINGLE, tensors=_of_numpy),
+            Contestant("SVD of each + svdvals, float64", in_torch(svcca_by_svd)),
+        ]
+    return _pair_case(
+        "svcca",
+        place,
+        reference=exact_svcca,
+        ours=Contestant("fourfold", lambda p, state: lambda: ff.svcca(p.x, p.y, variance=VARIANCE), tensors=correlations),
+        rivals=tuple(rivals),
+        **flags,
+    )
+
+
+def _pwcca(place: shapes.Pair, **flags: bool) -> Case:
+    return _pair_case(
+        "pwcca",
+        place,
+        reference=exact_pwcca,
+        ours=Contestant("fourfold", lambda p, state: lambda: ff.pwcca(p.x, p.y)),
+        rivals=(
+            Contestant("reference algorithm, weights repaired, numpy", in_numpy(published.pwcca), REFERENCE, tensors=_of_numpy),
+            Contestant("Gram + eigh, float64", in_torch(pwcca_by_gram)),
+            *[Contestant("QR + svd, float64", in_torch(pwcca_by_qr))] * (place.features <= 512),
+        ),
+        **flags,
+    )
+
+
+def _cka(place: shapes.Pair, **flags: bool) -> Case:
+    of_kernels = cka_of_kernels(kernel, hsic_biased)
+    return _pair_case(
+        "cka",
+        place,
+        reference=exactly(cka_of_features),
+        ours=Contestant("fourfold", lambda p, state: lambda: ff.cka(p.x, p.y)),
+        rivals=(
+            Contestant("n x n matrices, float64", in_torch(of_kernels)),
+            Contestant("d x d matrices, float64", in_torch(cka_of_features)),
+        ),
+        **flags,
+    )
+
+
+def _cka_unbiased(place: shapes.Pair, **flags: bool) -> Case:
+    by_elements = cka_of_kernels(without_diagonal, hsic_by_elements)
+    return _pair_case(
+        "cka",
+        place,
+        ", unbiased",
+        reference=exactly(by_elements),
+        ours=Contestant("fourfold", lambda p, state: lambda: ff.cka(p.x, p.y, unbiased=True)),
+        rivals=(
+            Contestant("n x n matrices as published, float64", in_torch(cka_of_kernels(without_diagonal, hsic_unbiased))),
+            Contestant("n x n matrices, elementwise, float64", in_torch(by_elements)),
+        ),
+        **flags,
+    )
+
+
+def _cka_rbf(place: shapes.Pair, **flags: bool) -> Case:
+    of_kernels = cka_of_kernels(rbf, hsic_biased)
+    return _pair_case(
+        "cka",
+        place,
+        ", rbf",
+        reference=exactly(of_kernels),
+        ours=Contestant("fourfold", lambda p, state: lambda: ff.cka(p.x, p.y, kernel="rbf")),
+        rivals=(
+            Contestant("n x n matrices, float64", in_torch(of_kernels)),
+            Contestant("n x n matrices, float32", in_torch(of_kernels, torch.float32), SINGLE),
+        ),
+        state="fresh",
+        peak=True,
+        **flags,
+    )
+
+
+def _features(op: str, place: shapes.Pair, **flags: bool) -> Case:
+    """procrustes and rv."""
+    compute = procrustes_of_features if op == "procrustes" else cka_of_features
+    return _pair_case(
+        op,
+        place,
+        reference=exactly(compute),
+        ours=Contestant("fourfold", lambda p, state: lambda: getattr(ff, op)(p.x, p.y)),
+        rivals=(Contestant("d x d matrices, float64", in_torch(compute)),),
+        **flags,
+    )
+
+
+# --- as a loss ------------------------------------------------------------------------------------------------------------
+
+
+def _with_gradients(p: Pair, compute: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype | None = None) -> Call:
+    def call() -> tuple[Tensor, ...]:
+        value = compute(p.x, p.y) if dtype is None else compute(p.x.to(dtype), p.y.to(dtype))
+        return value, *torch.autograd.grad(value, [p.x, p.y])
+
+    return call
+
+
+def _mean_by_qr(x: Tensor, y: Tensor) -> Tensor:
+    return by_qr(x, y).mean()
+
+
+LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor], str]] = {
+    "cca": (lambda x, y: ff.cca(x, y).mean, _mean_by_qr, "autograd through QR and svdvals"),
+    "cka": (ff.cka, cka_of_features, "autograd through d x d matrices"),
+    "procrustes": (ff.procrustes, procrustes_of_features, "autograd through svdvals"),
+}
+
+
+def _loss(op: str, place: shapes.Pair, **flags: bool) -> Case:
+    ours, plain, words = LOSSES[op]
+
+    def exact(p: Pair) -> list[Tensor]:
+        x, y = (t.detach().double().requires_grad_() for t in (p.x, p.y))
+        value = plain(x, y)
+        return [value.detach(), *torch.autograd.grad(value, [x, y])]
+
+    return _pair_case(
+        op,
+        place,
+        ", forward and backward",
+        gradient=True,
+        reference=exact,
+        ours=Contestant("fourfold", lambda p, state: _with_gradients(p, ours)),
+        rivals=(
+            Contestant(f"{words}, float64", lambda p, state: _with_gradients(p, plain, torch.float64)),
+            Contestant(f"{words}, float32", lambda p, state: _with_gradients(p, plain), Tolerance(1e-2, 1e-2, of_rms=True)),
+        ),
+        held=lambda p: [p.x, p.y],
+        tolerance=GRADIENT,
+        **flags,
+    )
+
+
+# --- all pairs of CKA -----------------------------------------------------------------------------------------------------
+
+
+class Layers:
+    """One batch's float32 activations of many layers, [n, d] each; neighbours are alike."""
+
+    def __init__(self, count: int, samples: int, features: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        h = torch.randn(samples, features, generator=generator)
+        self.layers = []
+        for _ in range(count):
+            h = (0.8 * h + 0.6 * torch.randn(samples, features, generator=generator)).relu()
+            self.layers.append(h.to(device))
+
+
+def every_pair(layers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Unbiased CKA of all pairs; every kernel once."""
+    kernels = [without_diagonal(t.to(dtype)) for t in layers]
+    rows = [[hsic_by_elements(k, m) for m in kernels] for k in kernels]
+    matrix = torch.stack([torch.stack(row) for row in rows])
+    own = matrix.diagonal().sqrt()
+    return matrix / (own[:, None] * own)
+
+
+def loop_of_cka(p: Layers, state: str) -> Call:
+    """What torch_cka does with a batch: of every pair the second kernel, and its HSIC with itself, anew."""
+
+    def call() -> Tensor:
+        matrix = torch.empty(len(p.layers), len(p.layers))
+        for i, x in enumerate(p.layers):
+            k = without_diagonal(x)
+            own_k = hsic_unbiased(k, k)
+            for j, y in enumerate(p.layers):
+                m = without_diagonal(y)
+                matrix[i, j] = hsic_unbiased(k, m) / (own_k.sqrt() * hsic_unbiased(m, m).sqrt())
+        return matrix
+
+    return call
+
+
+def pairs_ours(p: Layers, state: str) -> Call:
+    def call() -> Tensor:
+        count = len(p.layers)
+        matrix = torch.eye(count, dtype=torch.float64)
+        for i, j in itertools.combinations(range(count), 2):
+            matrix[i, j] = matrix[j, i] = ff.cka(p.layers[i], p.layers[j], unbiased=True)
+        return matrix
+
+    return call
+
+
+def _all_cka(count: int, samples: int, features: int, **flags: bool) -> Case:
+    return Case(
+        family=FAMILY,
+        op="cka",
+        label=f"all pairs of {count} layers, {features}x{samples}, unbiased",
+        problem=functools.partial(Layers, count, samples, features),
+        reference=lambda p: every_pair(p.layers, torch.float64),
+        ours=Contestant("fourfold", pairs_ours),
+        rivals=(
+            # ReLUs have means: in float32 these cancel badly without centring.
+            Contestant("torch_cka's loop, float32", loop_of_cka, Tolerance(2e-2, 0.0)),
+            Contestant("every kernel once, float64", lambda p, state: lambda: every_pair(p.layers, torch.float64)),
+        ),
+        tolerance=HIGH,
+        state="heap",
+        handles=(count * (count + 1) // 2, "pairs"),
+        source="torch_cka on one batch of 128 images; a layer of 8192 is 32 channels of 16 x 16",
+        **flags,
+    )
+
+
+# --- dft_cca --------------------------------------------------------------------------------------------------------------
+
+PART = 16  # the reference's Fourier form races with a PARTth of the images and of the locations
+
+
+class Images:
+    """Two convolutional layers' float32 activations [n, c, h, w]; every channel has a mean."""
+
+    def __init__(self, samples: int, channels: int, side: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        scales = spectrum(channels).view(-1, 1, 1)
+
+        def mixed(causes: Tensor) -> Tensor:
+            weight = torch.randn(channels, channels, generator=generator) / math.sqrt(channels)
+            images = torch.einsum("nchw,cd->ndhw", causes * scales, weight)
+            return images.add_(torch.randn(causes.shape, generator=generator), alpha=0.05).add_(1.0).contiguous()
+
+        causes = torch.randn(samples, channels, side, side, generator=generator)
+        x = mixed(causes)
+        y = mixed(causes.mul_(0.7).add_(torch.randn(causes.shape, generator=generator), alpha=0.7))
+        self.x, self.y = x.to(device), y.to(device)
+        self.side = side
+
+    @functools.cached_property
+    def places(self) -> Tensor:
+        """A PARTth of the locations, in fft2 order."""
+        return torch.arange(0, self.side**2, PART)
+
+    def clone(self) -> Tensor:
+        return self.x.clone()
+
+
+def _spectra(x: Tensor, dtype: torch.dtype, transform: Callable[..., Tensor]) -> Tensor:
+    """[frequencies, n, c], of the centred images; by parts, as a transform of all takes gigabytes."""
+    x = x.to(dtype)
+    x = x - x.mean((0, 2, 3), keepdim=True)  # of each channel: the zero frequency loses the least
+    parts = [transform(part).flatten(2).permute(2, 0, 1) for part in x.split(128)]
+    return torch.cat(parts, 1)
+
+
+def _mean_by_frequency(x: Tensor, y: Tensor) -> Tensor:
+    """Mean correlation of complex x and y [frequencies, n, c]; in float64 from the covariances on."""
+    x, y = (t - t.mean(1, keepdim=True) for t in (x, y))
+    xx, xy, yy = (torch.matmul(a.mH, b).to(torch.complex128) for a, b in ((x, x), (x, y), (y, y)))
+    roots = []
+    for gram in (xx, yy):
+        w, v = torch.linalg.eigh(gram)
+        roots.append(v / w.sqrt()[:, None])
+    return torch.linalg.svdvals(roots[0].mH @ xy @ roots[1]).mean(1)
+
+
+def exact_frequencies(p: Images) -> Tensor:
+    """All of them, the conjugate ones too; by QR, row by row of frequencies."""
+    rows = []
+    x, y = (torch.fft.fft(t.double() - t.double().mean(0), dim=3) for t in (p.x, p.y))
+    for column in range(p.side):
+        spectra = [torch.fft.fft(t[..., column], dim=2).permute(2, 0, 1) for t in (x, y)]
+        bases = [torch.linalg.qr(t)[0] for t in spectra]
+        rows.append(torch.linalg.svdvals(bases[0].mH @ bases[1]).mean(1))
+    return torch.stack(rows, 1)
+
+
+def _exact_places(p: Images) -> Tensor:
+    return exact_frequencies(p).flatten()[p.places]
+
+
+def half_plane(dtype: torch.dtype) -> Callable[[Images, str], Call]:
+    """rfft2 and covariances of each frequency; the other half is conjugate."""
+
+    def make(p: Images, state: str) -> Call:
+        def call() -> Tensor:
+            half = _mean_by_frequency(_spectra(p.x, dtype, torch.fft.rfft2), _spectra(p.y, dtype, torch.fft.rfft2))
+            half = half.view(p.side, -1)
+            rows = -torch.arange(p.side, device=half.device) % p.side
+            columns = torch.arange(half.shape[1], p.side, device=half.device)
+            return torch.cat([half, half[rows][:, p.side - columns]], 1)
+
+        return call
+
+    return make
+
+
+def part_of_reference(p: Images, state: str) -> Call:
+    """The transform of a PARTth of the images, and a PARTth of the locations, whose spectra lie ready."""
+    published.follow_torch_threads()
+    images = [t[: len(t) // PART].permute(0, 2, 3, 1).contiguous().cpu().numpy() for t in (p.x, p.y)]
+    ready = []
+    for t in (p.x, p.y):
+        parts = [torch.fft.fft2(part.double()).flatten(2)[..., p.places] for part in t.split(128)]
+        ready.append(torch.cat(parts).transpose(1, 2).contiguous().cpu().numpy())
+
+    def call() -> Any:
+        for t in images:
+            published.fourier(t)
+        return published.mean_at_locations(*ready)
+
+    return call
+
+
+def _dft(samples: int, channels: int, side: int, source: str, **flags: bool) -> Case:
+    rivals = [
+        Contestant(
+            f"reference repaired, numpy (a {PART}th, extrapolated)",
+            part_of_reference,
+            REFERENCE,
+            reference=_exact_places,
+            tensors=_of_numpy,
+            share=1 / PART,
+        ),
+        Contestant("rfft2, batched Gram + eigh, complex64", half_plane(torch.float32), Tolerance(1e-4, 0.0)),
+        Contestant("rfft2, batched Gram + eigh, complex128", half_plane(torch.float64)),
+    ]
+    return Case(
+        family=FAMILY,
+        op="dft_cca",
+        label=f"{samples}x{channels}x{side}x{side}",
+        problem=functools.partial(Images, samples, channels, side),
+        reference=exact_frequencies,
+        ours=Contestant("fourfold", lambda p, state: lambda: ff.dft_cca(p.x, p.y, reduce=None)),
+        rivals=tuple(rivals),
+        tolerance=HIGH,
+        state="heap",
+        handles=(side**2, "frequencies"),
+        source=source,
+        **flags,
+    )
+
+
+# --- call overhead --------------------------------------------------------------------------------------------------------
+
+TINY = shapes.Pair(4, 64, "so small that only the call costs")
+
+
+def _overheads() -> Iterator[Case]:
+    given: dict[str, Any] = {"rivals": (), "quick": True, "headline": True, "overhead": True, "handles": None}
+    entries: list[tuple[str, Callable[[Pair], Tensor]]] = [
+        ("cca", exact_cca),
+        ("svcca", exact_svcca),
+        ("pwcca", exact_pwcca),
+        ("cka", exactly(cka_of_features)),
+        ("procrustes", exactly(procrustes_of_features)),
+        ("rv", exactly(cka_of_features)),
+    ]
+    for op, reference in entries:
+        tensors = correlations if op in {"cca", "svcca"} else None
+        ours = Contestant("fourfold", functools.partial(_call_of, op), tensors=tensors)
+        yield _pair_case(op, TINY, reference=reference, ours=ours, **given)
+    yield Case(
+        family=FAMILY,
+        op="dft_cca",
+        label="64x4x2x2",
+        problem=functools.partial(Images, 64, 4, 2),
+        reference=exact_frequencies,
+        ours=Contestant("fourfold", lambda p, state: lambda: ff.dft_cca(p.x, p.y, reduce=None)),
+        tolerance=HIGH,
+        state="heap",
+        source=TINY.source,
+        **given,
+    )
+
+
+def _call_of(op: str, p: Pair, state: str) -> Call:
+    return lambda: getattr(ff, op)(p.x, p.y)
+
+
+# --- what the harness asks for --------------------------------------------------------------------------------------------
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    if settings.random_shapes:
+        for place in shapes.random_pairs(settings.seed):
+            yield _cca(settings, place, quick=True)
+            yield _svcca(place, quick=True)
+        return
+    yield from _overheads()
+    for place in shapes.PAIRS:
+        narrow, wanted = place == shapes.NARROW_PAIR, place in (shapes.PAIR, shapes.WIDE_PAIR)
+        yield _cca(settings, place, quick=narrow or place == shapes.PAIR, headline=wanted)
+        yield _cca_fast(place, quick=narrow, headline=wanted)
+        yield _svcca(place, quick=narrow, headline=wanted)
+        yield _pwcca(place, quick=narrow, headline=wanted)
+    for place in (shapes.NARROW_PAIR, shapes.PAIR):
+        narrow = place == shapes.NARROW_PAIR
+        yield _cka(place._replace(samples=min(place.samples, 4000)), quick=narrow, headline=not narrow)
+        yield _cka_unbiased(place._replace(samples=1000 if narrow else 2000), quick=narrow, headline=not narrow)
+        for op in ("procrustes", "rv"):
+            yield _features(op, place, quick=narrow, headline=not narrow)
+        for op in LOSSES:
+            yield _loss(op, place, quick=narrow and op != "procrustes")
+    yield _cka_rbf(shapes.NARROW_PAIR._replace(samples=500), quick=True)
+    yield _cka_rbf(shapes.PAIR._replace(samples=5000), headline=True)
+    yield _all_cka(4, 64, 512, quick=True)
+    yield _all_cka(12, 128, 8192, headline=True)
+    yield _dft(400, 16, 8, "small maps", quick=True)
+    yield _dft(2000, 64, 32, "a CIFAR network's first layers on 2000 images", headline=True)
+
+
+def test_speed(case: Case, threads: int, race: Callable[[Case, int], None]) -> None:
+    race(case, threads)
