@@ -665,8 +665,9 @@ def test_rbf_in_tiles(monkeypatch, n, layers):
     x, y = layers(n)
     monkeypatch.setattr(_cca_rbf, "_DIRECT", 16)
     monkeypatch.setattr(_cca_rbf, "_TILE", 16)
-    monkeypatch.setattr(_cca_rbf, "_COLLECTED", 1)
-    close(cka(x, y, kernel="rbf", sigma=0.3), reference.cka(x, y, kernel="rbf", sigma=0.3), 1e-10)
+    for collected in (1, 100):
+        monkeypatch.setattr(_cca_rbf, "_COLLECTED", collected)
+        close(cka(x, y, kernel="rbf", sigma=0.3), reference.cka(x, y, kernel="rbf", sigma=0.3), 1e-10)
     monkeypatch.setattr(_cca_rbf, "_COLLECTED", 1 << 20)
     call = SCALARS["cka rbf unbiased"]
     close(call(ours, x, y), call(reference, x, y), 1e-10)
@@ -1022,6 +1023,19 @@ def pair_refusals(op: str) -> list[Refusal]:
         ),
         of(ValueError, "x must be finite, got 3 NaN or infinite values of 400", spoiled(X), Y),
         of(ValueError, "y must be finite, got 3 NaN or infinite values of 300", X, spoiled(Y).half()),
+        *(
+            of(
+                ValueError,
+                f"{name}'s largest number must lie between 1e-140 and 1e+140 in size, got {size}: its square leaves the range "
+                "of float64; multiply the layer by a constant, which changes no similarity",
+                *layers,
+            )
+            for name, size, layers in (
+                ("x", "1e+160", (X.sign() * 1e160, Y)),
+                ("x", "1e-160", (X.sign() * 1e-160, Y)),
+                ("y", "1e+160", (X, -1e160 * Y.sign().abs())),
+            )
+        ),
         of(ValueError, "y must be finite, got 100 NaN or infinite values of 300", X, torch.cat([Y[:, :2], X[:, :1] / 0], 1)),
     ]
 

@@ -97,10 +97,11 @@ def pack_sample(
 
 
 def pack_samples(dtype: torch.dtype) -> list[Sample]:
+    # Every range in every layout, each time of another type.
     return [
-        pack_sample(dtype, kind, *sizes, LAYOUTS[i % 4])
-        for kind in battery.FLOATING
-        for i, sizes in enumerate(itertools.chain(RANGES, RANGES[:1] * 3))
+        pack_sample(dtype, battery.FLOATING[(i + j) % 4], *sizes, layout)
+        for i, sizes in enumerate(RANGES)
+        for j, layout in enumerate(LAYOUTS if 0 not in sizes[0] else LAYOUTS[:1])
     ]
 
 
@@ -208,7 +209,10 @@ SHAPES = [(), (1,), (31,), (64,), (200,), (3, 65), (2, 3, 37), (2, 5, 6, 7), (4,
 
 
 def count_samples(dtype: torch.dtype) -> list[Sample]:
-    return [Sample(f"{kind} {shape}", (sprinkled(*shape, dtype=kind),)) for kind in battery.FLOATING for shape in SHAPES]
+    shapes = [
+        (kind, shape) for i, shape in enumerate(SHAPES) for kind in (battery.FLOATING[i % 4], battery.FLOATING[(i + 1) % 4])
+    ]
+    return [Sample(f"{kind} {shape}", (sprinkled(*shape, dtype=kind),)) for kind, shape in shapes]
 
 
 def count_refusals() -> list[Refusal]:
@@ -264,10 +268,9 @@ def gram_sample(dtype: torch.dtype, size: tuple[int, int, int, int], layouts: tu
 
 def gram_samples(dtype: torch.dtype) -> list[Sample]:
     pairs = list(itertools.product(LAYOUTS, LAYOUTS))
-    every = [gram_sample(kind, SIZES[1], pair, True) for kind in HALVES for pair in pairs]
+    every = [gram_sample(kind, SIZES[1], pair, True) for i, pair in enumerate(pairs) for kind in (HALVES[i % 2],)]
     return every + [
-        gram_sample(kind, size, pairs[5 * i % 16], both)
-        for kind in HALVES
+        gram_sample(HALVES[(i + both) % 2], size, pairs[5 * i % 16], both)
         for i, size in enumerate(SIZES)
         for both in (True, False)
     ]
@@ -478,12 +481,12 @@ def test_count_of_every_pattern(dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", HALVES)
 def test_gram_of_random_numbers(dtype, layout):
-    """Within float32's rounding of at most 1024 products."""
+    """Within float32's rounding of a few hundred sums, eight times its unit: those of bfloat16's squares err to one side."""
     x, y = (in_layout(randn(4, c, 900, dtype=dtype, seed=c), layout) for c in (37, 20))
     for other in (y, None):
         exact = gram_reference(x, other)
         error = (gram(x, other) - exact).norm() / exact.norm()
-        assert error <= 2e-7, f"{error:.1e}"
+        assert error <= 2.0**-21, f"{error:.1e}"
 
 
 @pytest.mark.kernel

@@ -407,13 +407,27 @@ def test_compute_refuses() -> None:
         ("cka", {"kernel": "rbf"}, ValueError, "cka with kernel='rbf' needs all samples at once; call fourfold.cka"),
         ("dft_cca", {}, ValueError, "conv='channels' cannot give 'dft_cca'"),
         ("cca", {}, ValueError, "cca of layer 'wide': n must be larger than the number of dimensions, got n=40 samples for 50"),
-        ("cka", {}, ValueError, "layer 'still' must vary"),
-        ("rv", {}, ValueError, "layer 'still' must vary"),
     ):
         with pytest.raises(error, match=re.escape(message)):
             stream.compute(method, **options)
     with pytest.raises(ValueError, match="conv='dft' cannot give 'cka'"):
         ff.StreamingCCA(conv="dft").update({"a": torch.randn(9, 2, 3, 3)}).compute("cka")
+
+
+def test_a_constant_layer_is_nobodys_fault() -> None:
+    """Undefined measures are NaN, with a warning that names the layer; the others count no direction."""
+    stream = ff.StreamingCCA().update({"a": X.double(), "still": torch.full((40, 2), 0.1)})
+    for method in ("cka", "rv", "procrustes", "pwcca"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            matrix = stream.compute(method).matrix
+        assert matrix.isnan().tolist() == [[False, True], [True, True]]
+        (told,) = {str(w.message) for w in caught}
+        assert told.startswith(f"StreamingCCA.compute: {method}: 1 layers have the same value in every sample, and are NaN")
+        assert "'still'" in told
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*chance")
+        assert stream.compute("svcca").matrix.tolist() == [[pytest.approx(1.0), 0.0], [0.0, 0.0]]
 
 
 def test_chance_and_condition() -> None:

@@ -290,7 +290,9 @@ def _mapped(z: Tensor, shift: Tensor) -> Tensor:
 def _mean(x: Tensor) -> Tensor:
     """Mean over the samples of the first items, in float64: a pivot has to be near the mean, no more."""
     items = max(1, _SAMPLES // max(1, x.shape[2]))
-    return x[:items].double().mean((0, 2))
+    first = x[0, :, :1].double()
+    # Of a constant feature the very constant, so that its sums are 0 and not rounding.
+    return first[:, 0] + (x[:items].double() - first).mean((0, 2))
 
 
 def _buffer(scratch: dict[str, Tensor], name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -77,6 +77,16 @@ def warn_condition(op: str, name: str, whitener: "Whitener", stacklevel: int | N
         )
 
 
+def warn_constant(op: str, names: list[Any]) -> None:
+    """Warns where layers that do not vary leave a measure undefined."""
+    if names:
+        _warn(
+            f"{op}: {len(names)} layers have the same value in every sample, and are NaN (0 / 0), the first {names[0]!r}; "
+            "leave them out",
+            None,
+        )
+
+
 def refuse_constant(op: str, name: str) -> None:
     """Raises the ValueError of a measure that a constant input leaves undefined."""
     raise ValueError(f"{op}: {name} must vary, got the same value in every sample (0 / 0); leave such a layer out")

@@ -555,8 +555,10 @@ class StreamingCCA:
 
         Raises:
             TypeError: an option that the method does not have.
-            ValueError: nothing was updated; too few samples for cca, pwcca or dft_cca, or a constant layer for a measure that
-                it leaves undefined (naming the layer); ``kernel="rbf"``, which is no function of sums.
+            ValueError: nothing was updated; too few samples for cca, pwcca or dft_cca (naming the layer); ``kernel="rbf"``,
+                which is no function of sums.
+
+        A constant layer, which leaves pwcca, cka, procrustes and rv undefined, is NaN there, and a warning names it.
         """
         op = "StreamingCCA.compute"
         one_of(op, "method", method, METHODS)
@@ -584,12 +586,14 @@ class StreamingCCA:
                 similarity.refuse_few(f"{op}: dft_cca of layer {name!r}", self._frequencies.n, width)
             widest = max(self._widths, key=self._widths.__getitem__)
             of = f"{op}: dft_cca of layer {widest!r}"
-            similarity.warn_chance(of, self._frequencies.n, self._widths[widest], stacklevel=5)
+            similarity.warn_chance(of, self._frequencies.n, self._widths[widest])
             values = {pair: self._frequencies.similarity(*pair) for pair in self._wanted(op, self.names)}
             return {pair: (value, value) for pair, value in values.items()}
         assert self._layout is not None
         measures = [_Measures(op, method, options, self.precision, state, space) for state, space in self._measured()]
-        return {pair: measures[space].of(i, j) for pair, (space, i, j) in self._layout.places.items()}
+        found = {pair: measures[space].of(i, j) for pair, (space, i, j) in self._layout.places.items()}
+        similarity.warn_constant(f"{op}: {method}", list(dict.fromkeys(name for m in measures for name in m.constant)))
+        return found
 
     def _measured(self) -> list[tuple[Moments, _Space]]:
         assert self._layout is not None
@@ -604,6 +608,8 @@ class _Measures:
         self.names = [name for name, _ in space.entries]
         self.scatters = [state.cross(i, i) for i in range(len(self.names))]
         self.whiteners: list[similarity.Whitener] = []
+        #: Layers that a pair was undefined for.
+        self.constant: list[Name] = []
         if method not in ("cca", "svcca", "pwcca"):
             return
         chosen = {key: value for key, value in options.items() if key in ("rtol", "variance")}
@@ -614,12 +620,10 @@ class _Measures:
                 similarity.refuse_few(f"{op}: {method} of layer {name!r}", state.n, width)
         self.whiteners = [similarity.whiten(scatter, state.n, precision=precision, **chosen) for scatter in self.scatters]
         widest = max(range(len(self.names)), key=lambda i: self.whiteners[i].rank)
-        similarity.warn_chance(
-            f"{op}: {method} of layer {self.names[widest]!r}", state.n, self.whiteners[widest].rank, stacklevel=6
-        )
+        similarity.warn_chance(f"{op}: {method} of layer {self.names[widest]!r}", state.n, self.whiteners[widest].rank)
         if precision == "fast":
             for name, whitener in zip(self.names, self.whiteners, strict=True):
-                similarity.warn_condition(f"{op}: {method}", f"layer {name!r}", whitener, stacklevel=6)
+                similarity.warn_condition(f"{op}: {method}", f"layer {name!r}", whitener)
 
     def of(self, i: int, j: int) -> tuple[Tensor, Tensor]:
         """The similarity of entries i and j, and of j and i."""
@@ -628,12 +632,14 @@ class _Measures:
         if self.whiteners:
             wx, wy = self.whiteners[i], self.whiteners[j]
             if self.method == "pwcca":
-                self._refuse_constant(i, j)
+                if self._undefined(i, j):
+                    return (torch.tensor(math.nan),) * 2
                 both = similarity.projection_weighted(xx, xy, yy, wx, wy, weights="both")
                 return (both[0], both[1]) if self.options.get("weights", "x") == "x" else (both[1], both[0])
             rho = similarity.correlations(xx, xy, yy, wx, wy)
             return (similarity.mean_rho(rho, wx, wy),) * 2
-        self._refuse_constant(i, j)
+        if self._undefined(i, j):
+            return (torch.tensor(math.nan),) * 2
         if self.method == "procrustes":
             return (similarity.procrustes_similarity(xx, xy, yy),) * 2
         if self.method == "cka" and self.options.get("unbiased", False):
@@ -650,10 +656,11 @@ class _Measures:
         )
         return similarity.unbiased_hsic(self.state.n, sums)
 
-    def _refuse_constant(self, *entries: int) -> None:
-        for i in entries:
-            if not bool(similarity.power(self.scatters[i]) > 0):
-                similarity.refuse_constant(f"{self.op}: {self.method}", f"layer {self.names[i]!r}")
+    def _undefined(self, i: int, j: int) -> bool:
+        """Whether the measure is 0 / 0, because a layer does not vary."""
+        constant = [self.names[k] for k in (i, j) if not bool(similarity.power(self.scatters[k]) > 0)]
+        self.constant += constant
+        return bool(constant)
 
 
 def _pairs(pairs: Any) -> Any:
