@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _similarity as similarity
 from ._cca_ops import _add_wide_, _gram_, _pack_samples
-from ._cca_state import full_precision
+from ._cca_state import full_precision, near_zero, pivot_of
 
 #: Float32 sums go over at most this many samples before they are added in float64.
 _SAMPLES = 1024
@@ -49,19 +49,6 @@ def _slices(count: int, width: int) -> Iterator[slice]:
         yield slice(first, min(first + step, count))
 
 
-def _pivot(x: Tensor) -> Tensor:
-    """[d] float64: near each neuron's mean, and exactly the value of a constant one."""
-    first, some = x[:1].double(), x[:: max(1, x.shape[0] // 512)].double()
-    return (first + (some - first).mean(0)).squeeze(0)
-
-
-def _near_zero(x: Tensor) -> bool:
-    """Whether means are small enough beside the deviations that the pivot may be 0, which is the only one in 16 bits."""
-    some = x[:: max(1, x.shape[0] // 512)].double()
-    mean = some.mean(0)
-    return bool((mean.square() <= 4 * (some - mean).square().mean(0)).all())
-
-
 def _mirrored(block: Tensor) -> Tensor:
     """A symmetric matrix from its upper triangle."""
     upper = block.triu()
@@ -78,12 +65,12 @@ def scatter(x: Tensor, y: Tensor | None, precision: str, own: bool = True) -> tu
     n, dtypes = x.shape[0], {t.dtype for t in layers}
     raw = precision == "fast" and own and len(dtypes) == 1 and x.dtype in (torch.bfloat16, torch.float16)
     with exactly(x.device):
-        if raw and all(map(_near_zero, layers)):
+        if raw and all(near_zero(t.unsqueeze(2)) for t in layers):
             pivots = [torch.zeros(t.shape[1], dtype=torch.float64, device=x.device) for t in layers]
             sums = [t.sum(0, dtype=torch.float64) for t in layers]
             total = _raw_products(layers)
         else:
-            pivots = [_pivot(t) for t in layers]
+            pivots = [pivot_of(t.unsqueeze(2)) for t in layers]
             total, sums = _products(layers, pivots, precision, own)
     means = [torch.stack([p, s / n]) for p, s in zip(pivots, sums, strict=True)]
     if not own:

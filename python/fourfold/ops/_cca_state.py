@@ -72,6 +72,25 @@ def pooled(x: Tensor, grid: tuple[int, ...]) -> Tensor:
     return result
 
 
+def _some(x: Tensor) -> Tensor:
+    """Some items of [N, C, S], all of their samples, in float64."""
+    items = max(1, _SAMPLES // max(1, x.shape[2]))
+    return x[:: max(1, len(x) // items)].double()
+
+
+def pivot_of(x: Tensor) -> Tensor:
+    """[C]: near each feature's mean over the samples [N, C, S], which is all that is needed, and exactly a constant one."""
+    first = x[:1, :, :1].double()
+    return (first + (_some(x) - first).mean((0, 2), keepdim=True)).flatten()
+
+
+def near_zero(x: Tensor) -> bool:
+    """Whether means are small enough beside the deviations that the pivot may be 0, which is the only one in 16 bits."""
+    some = _some(x)
+    mean = some.mean((0, 2), keepdim=True)
+    return bool((mean.square() <= 4 * (some - mean).square().mean((0, 2), keepdim=True)).all())
+
+
 class Moments:
     """n, pivots, sums and scatter of layers with one number of samples.
 
@@ -120,12 +139,14 @@ class Moments:
         # Products of 16-bit numbers are taken of the values as they are, which a pivot would have to round.
         direct = fast and multiplied_directly(layers)
         if self.pivots is None:
-            self.pivots = [self._zeros(x.shape[1]) if direct else _mean(x) for x in layers]
-            self.raw = direct
+            self.raw = direct and all(map(near_zero, layers))
+            self.pivots = [self._zeros(x.shape[1]) if self.raw else pivot_of(x) for x in layers]
         direct = direct and self.raw
         dtype = torch.float32 if fast else torch.float64
         rows, width, count = min(total, _SAMPLES), sum(self.widths), len(self.widths)
-        panel = _buffer(scratch, f"panel {dtype}", rows * width, dtype, self.device).view(rows, width)
+        # Rows a power of 2 apart would fall into the same places of the caches.
+        stride = width + 8
+        panel = _buffer(scratch, f"panel {dtype}", rows * stride, dtype, self.device).view(rows, stride)[:, :width]
         norms = _buffer(scratch, f"norms {dtype}", rows * count, dtype, self.device).view(rows, count)
         with full_precision(), torch.autocast(self.device.type, enabled=False):
             for first in range(0, total, _SAMPLES):
@@ -285,14 +306,6 @@ def _mapped(z: Tensor, shift: Tensor) -> Tensor:
     result = z.clone()
     result[-1] += 2 * shift @ z[:-1]
     return result
-
-
-def _mean(x: Tensor) -> Tensor:
-    """Mean over the samples of the first items, in float64: a pivot has to be near the mean, no more."""
-    items = max(1, _SAMPLES // max(1, x.shape[2]))
-    first = x[0, :, :1].double()
-    # Of a constant feature the very constant, so that its sums are 0 and not rounding.
-    return first[:, 0] + (x[:items].double() - first).mean((0, 2))
 
 
 def _buffer(scratch: dict[str, Tensor], name: str, size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

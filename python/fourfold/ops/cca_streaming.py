@@ -435,7 +435,7 @@ class StreamingCCA:
         world = dist.get_world_size(group)
         # Whatever fails on one process must fail on all, or the others would wait for it.
         headers: list[Any] = [None] * world
-        empty = not self._states and self._frequencies is None
+        empty = not self._parts()
         dist.all_gather_object(headers, (self._header(), None if empty else self._skeleton()), group)
         full = [(header, skeleton) for header, skeleton in headers if skeleton is not None]
         for header, _ in headers:
@@ -448,7 +448,9 @@ class StreamingCCA:
                 if other[key] != header[key] or list(other["widths"]) != list(header["widths"]):
                     raise ValueError(f"{op}: processes must have the same layers and sizes, got {header[key]} and {other[key]}")
         if empty:
-            self._become(header, skeleton)
+            nccl = dist.get_backend(group) == "nccl"
+            device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+            self._become(header, skeleton, device)
         for number, state in enumerate(self._parts()):
             parts = [(other["n"][number], other["means"][number]) for _, other in full]
             state.repivot([p.to(state.device) for p in common_pivots(parts)])
@@ -468,10 +470,9 @@ class StreamingCCA:
         ]
         return {"layout": self._layout, "means": means, "n": [part.n for part in self._parts()]}
 
-    def _become(self, header: Mapping[str, Any], skeleton: Mapping[str, Any]) -> None:
+    def _become(self, header: Mapping[str, Any], skeleton: Mapping[str, Any], device: torch.device) -> None:
         """An accumulator of this layout without samples."""
         self._widths = dict(header["widths"])
-        device = _default_device()
         if header["size"] is not None:
             wanted = self._wanted("StreamingCCA", self.names)
             self._frequencies = Frequencies(self._widths, header["size"], wanted, device, self.precision)
@@ -502,7 +503,6 @@ class StreamingCCA:
             "spaces": spaces,
             "size": None if self._frequencies is None else list(self._frequencies.size),
             "states": [part.state_dict() for part in self._parts()],
-            "device": str(self._device) if self._device else None,
         }
 
     @torch.no_grad()
@@ -535,7 +535,9 @@ class StreamingCCA:
                 ]
                 places = {(a, b): (space, i, j) for a, b, space, i, j in spaces["places"]}
                 layout = _Layout(tuple(parts), places)
-            fresh._become({"widths": widths, "size": None if size is None else tuple(size)}, {"layout": layout})
+            header = {"widths": widths, "size": None if size is None else tuple(size)}
+            # Where the tensors were loaded to, which torch.load's map_location decides.
+            fresh._become(header, {"layout": layout}, states[0]["tensors"][0].device)
             for part, saved in zip(fresh._parts(), states, strict=True):
                 part.load_state_dict(saved)
         fresh._batches = state["batches"]
@@ -631,9 +633,11 @@ class _Measures:
         xy = self.state.cross(i, j) if i != j else xx
         if self.whiteners:
             wx, wy = self.whiteners[i], self.whiteners[j]
+            if self.method == "pwcca" and self._undefined(i, j):
+                return (torch.tensor(math.nan),) * 2
+            if i == j:
+                return (torch.tensor(1.0 if wx.rank else 0.0),) * 2
             if self.method == "pwcca":
-                if self._undefined(i, j):
-                    return (torch.tensor(math.nan),) * 2
                 both = similarity.projection_weighted(xx, xy, yy, wx, wy, weights="both")
                 return (both[0], both[1]) if self.options.get("weights", "x") == "x" else (both[1], both[0])
             rho = similarity.correlations(xx, xy, yy, wx, wy)
@@ -674,7 +678,3 @@ def _pairs(pairs: Any) -> Any:
     if not found:
         raise ValueError("StreamingCCA: pairs must name at least one pair, got an empty list")
     return found
-
-
-def _default_device() -> torch.device:
-    return torch.device("cpu")
