@@ -116,8 +116,9 @@ class CCAMetric(torchmetrics.Metric):  # type: ignore[misc]
         """The similarity, a float64 scalar.
 
         Raises:
-            ValueError: nothing was added yet, too few samples for cca or pwcca, or a constant layer where the method needs one
-                that varies.
+            ValueError: nothing was added yet, or too few samples for cca or pwcca.
+
+        NaN, with a warning, where a layer is constant and the method needs one that varies.
         """
         try:
             value = self._open().compute(self.method, **self.options).matrix[0, 1]
