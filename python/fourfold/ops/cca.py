@@ -4,10 +4,11 @@ All measures are computed in float64 from small matrices (`_cca_pair.py`) that `
 layers in memory and for those that stream by.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +24,15 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 def _eager(function: _Function) -> _Function:
     """Compilers call it as it is: ranks depend on the data."""
-    return torch.compiler.disable(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            # Not around the function itself: that would load torch's compiler, and Triton's, at import.
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return cast(_Function, call)
 
 
 #: Sizes of numbers whose squares, and sums of these, are in range.
