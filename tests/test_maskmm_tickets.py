@@ -19,6 +19,7 @@ import torch
 from battery import assert_same
 from fourfold.ops.maskmm_tickets import CRITERIA
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 N, K = 7, 11
 
@@ -652,6 +653,6 @@ def test_weights_tied_to_another_module_stay_off_the_mask():
 
 def test_prune_and_rewind_names_a_pruned_layer():
     model = torch.nn.Sequential(torch.nn.Linear(20, 10))
-    torch.nn.utils.prune.l1_unstructured(model[0], "weight", amount=0.5)
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
     with pytest.raises(ValueError, match=r"prune_and_rewind: 0 is pruned by torch\.nn\.utils\.prune; take it over first"):
         ff.prune_and_rewind(model, lambda model: None, rounds=1, rate=0.5)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ._globs import is_glob, matching_names
+from ._progress import progress_bar
 from .ops import _checks as check
 from .ops.cca_streaming import CONV, METHODS, StreamingCCA, comparable
 
@@ -172,7 +173,7 @@ def compare(
     runs = [_Run("the model", sides)] if model_a is model_b else [_Run(side.label, [side]) for side in sides]
 
     pairs: _Pairs | None = None
-    bar = _progress_bar(loader, max_batches) if progress else None
+    bar = progress_bar(_batches(loader, max_batches), "batch", _OP) if progress else None
     try:
         with _evaluating(model_a, model_b):
             for number, batch in enumerate(itertools.islice(loader, max_batches)):
@@ -420,21 +421,15 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value
 
 
-def _progress_bar(loader: Iterable[Any], max_batches: int | None) -> Any:
-    """A tqdm bar, or None where it is not installed or nobody is looking."""
-    if not sys.stderr.isatty():
-        return None
-    try:
-        tqdm = importlib.import_module("tqdm")
-    except ImportError:
-        return None
+def _batches(loader: Iterable[Any], max_batches: int | None) -> int | None:
+    """How many there will be, if anybody knows."""
     try:
         total: int | None = len(loader)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError):  # an iterator, or a stream of data
         total = None
     if max_batches is not None:
         total = max_batches if total is None else min(total, max_batches)
-    return tqdm.tqdm(total=total, unit="batch", desc=_OP, dynamic_ncols=True)
+    return total
 
 
 # ---- which pairs -----------------------------------------------------------------------------------------------------

@@ -1,8 +1,6 @@
 """Lottery tickets: train, prune, rewind, and again (Frankle and Carbin, 2019, arXiv 1803.03635)."""
 
 import copy
-import importlib
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._progress import progress_bar
 from .nn.maskmm import MaskedConv2d, MaskedLinear
 from .ops import _checks as check
 from .ops.maskmm import pack_mask, real
@@ -101,7 +100,7 @@ def prune_and_rewind(
     began = {name: layer.weight.detach().clone() for name, layer in layers.items()}
 
     history: list[Round] = []
-    bar = _progress_bar(rounds + 1) if progress else None
+    bar = progress_bar(rounds + 1, "round") if progress else None
     try:
         for number in range(rounds + 1):
             masks = {name: layer.mask_bits.clone() for name, layer in layers.items()}
@@ -239,14 +238,3 @@ def _rewind(ticket: nn.Module, layers: dict[str, _Masked], rewind: Any, target: 
         ticket.load_state_dict(target, strict=False)
     for layer in layers.values():
         _zero_off_mask(layer)
-
-
-def _progress_bar(total: int) -> Any:
-    """A tqdm bar, or None where it is not installed or nobody is looking."""
-    if not sys.stderr.isatty():
-        return None
-    try:
-        tqdm = importlib.import_module("tqdm")
-    except ImportError:
-        return None
-    return tqdm.tqdm(total=total, unit="round", dynamic_ncols=True)

@@ -3,10 +3,8 @@
 A file is entropy-decoded to int16 coefficients, cropped and mirrored as blocks, and normalised in one pass, without pixels.
 """
 
-import importlib
 import math
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeAlias
@@ -14,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from .._progress import progress_bar
 from ..ops import _checks as check
 from ..ops.blockdct import check_options, dct_normalize
 from ..ops.blockdct_domain import dct_crop, dct_flip, edge_pad
@@ -489,7 +488,7 @@ def frequency_stats(
     blocks = [0, 0, 0]
     sums, squares = [[0] * 64 for _ in range(3)], [[0] * 64 for _ in range(3)]
     first: tuple[str, str] | None = None  # a colour file and its sampling
-    bar = _progress_bar(len(chosen)) if progress else None
+    bar = progress_bar(len(chosen), "file") if progress else None
     for start in range(0, len(chosen), at_once):
         part = chosen[start : start + at_once]
         files = read_batch([sources[i] for i in part], threads=threads, on_error="skip")
@@ -522,14 +521,3 @@ def frequency_stats(
             mean[c, f] = sums[c][f] / n
             std[c, f] = math.sqrt(Fraction(n * squares[c][f] - sums[c][f] ** 2, n * n)) or 1.0
     return mean.float(), std.float()
-
-
-def _progress_bar(total: int) -> Any:
-    """A tqdm bar, or None where it is not installed or nobody is looking."""
-    if not sys.stderr.isatty():
-        return None
-    try:
-        tqdm = importlib.import_module("tqdm")
-    except ImportError:
-        return None
-    return tqdm.tqdm(total=total, unit="file", dynamic_ncols=True)
