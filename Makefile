@@ -7,6 +7,8 @@ export TORCH VENV PYTHON
 setup := bash .ci/setup.sh
 # The tests must see the installed package and nothing else.
 in_venv := env -u PYTHONPATH -u PYTHONHOME $(VENV)/bin/
+# A process a core, each of one thread; a file's tests stay together, for what they share.
+pytest := env OMP_NUM_THREADS=1 $(in_venv)pytest -n auto --maxprocesses=4 --dist=loadfile
 c_files := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
 .DEFAULT_GOAL := help
@@ -24,11 +26,11 @@ demo:  ## set up, run the library on a real photo, print a table, write a pictur
 
 test:  ## set up, run the tests
 	@$(setup) test
-	@$(in_venv)pytest $(PYTEST_ARGS)
+	@$(pytest) $(PYTEST_ARGS)
 
 test-all:  ## the long tests as well
 	@$(setup) test
-	@$(in_venv)pytest -m "" $(PYTEST_ARGS)
+	@$(pytest) -m "" $(PYTEST_ARGS)
 
 bench:  ## measure every op against its rivals (BENCH_ARGS=--quick: two minutes)
 	@$(setup) bench plot

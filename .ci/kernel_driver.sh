@@ -20,11 +20,12 @@ flags_of_file() { sed -n "s|^set_source_files_properties($1 PROPERTIES COMPILE_O
 
 mkdir -p "$out"
 common=(-std=c++17 -g -Icsrc -ffp-contract=fast -Wall -Wextra -Wno-psabi -Wno-maybe-uninitialized)
-objects=()
+objects=() jobs=0 limit=$(nproc)
 for tier in $tiers; do
   for source in csrc/*/*kernels.cpp; do
     object=${source#csrc/}
     object=$out/$(tr / _ <<<"${object%.cpp}")_$tier.o
+    ((jobs++ < limit)) || wait -n
     # shellcheck disable=SC2046  # a tier's flags are several words
     "$@" "${common[@]}" $(flags_of "$tier") $(flags_of_file "$source") -DFOURFOLD_ISA="$tier" -c "$source" -o "$object" &
     objects+=("$object")

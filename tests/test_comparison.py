@@ -288,7 +288,7 @@ def test_memory_of_others_is_left_alone():
 
 def test_what_nobody_writes_to_is_not_copied():
     x = torch.randn(3, 4)
-    kept = fourfold.comparison._as_it_is(x, set())
+    kept = fourfold._running.as_it_is(x, set())
     assert torch._C._data_address(kept) == torch._C._data_address(x)
     x.zero_()
     assert torch._C._data_address(kept) != torch._C._data_address(x)
@@ -298,7 +298,7 @@ def test_what_nobody_writes_to_is_not_copied():
 def test_activations_of_one_batch_are_kept(monkeypatch):
     """None of an earlier batch is alive when a model runs again."""
     kept: list[weakref.ref[Tensor]] = []
-    original = fourfold.comparison._as_it_is
+    original = fourfold.comparison.as_it_is
 
     def recorded(*args: Any) -> Tensor:
         x = original(*args)
@@ -310,7 +310,7 @@ def test_activations_of_one_batch_are_kept(monkeypatch):
         return self.inner(x)
 
     alive: list[tuple[int, int]] = []
-    monkeypatch.setattr(fourfold.comparison, "_as_it_is", recorded)
+    monkeypatch.setattr(fourfold.comparison, "as_it_is", recorded)
     compare(Named(forward, inner=mlp(4, 6, 5)), mlp(4, 3), vectors(70, 70, 70), method="cka")
     assert alive == [(0, 0), (3, 0), (6, 0)]
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
-import pickle
 from typing import Any
 
 import battery
@@ -410,26 +408,6 @@ def layers() -> list[tuple[nn.Module, Tensor]]:
         (ff.nn.CoordConvTranspose2d(4, 6, 3, stride=2, activation="gelu"), image(2)),
         (ff.nn.AddCoords(with_r=True), image(2)),
     ]
-
-
-@pytest.mark.parametrize(("layer", "x"), layers(), ids=lambda value: type(value).__name__)
-def test_layer_survives(layer, x):
-    """A state_dict, a pickle, a deep copy, torch.save, a move."""
-    expected = layer(x)
-    assert_same(copy.deepcopy(layer)(x), expected, "deepcopy")
-    assert_same(pickle.loads(pickle.dumps(layer))(x), expected, "pickle")
-    other = copy.deepcopy(layer)
-    for parameter in other.parameters():
-        nn.init.ones_(parameter)
-    saved = io.BytesIO()
-    torch.save(layer.state_dict(), saved)
-    saved.seek(0)
-    assert other.load_state_dict(torch.load(saved)).missing_keys == []
-    assert_same(other(x), expected, "state_dict")
-    double = copy.deepcopy(layer).double()
-    assert double(x.double()).dtype == torch.float64
-    torch.testing.assert_close(double(x.double()).float(), expected, rtol=1e-4, atol=1e-5)
-    assert copy.deepcopy(layer).to("meta")(x.to("meta")).shape == expected.shape
 
 
 @pytest.mark.parametrize(("layer", "x"), layers()[:4], ids=lambda value: type(value).__name__)

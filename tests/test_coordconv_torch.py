@@ -63,19 +63,6 @@ def test_func_transforms(activation):
         assert_close(actual, expected, str(activation), slack=100)
 
 
-def test_functional_call_and_checkpoint():
-    layer, x = ff.nn.CoordConv2d(3, 5, 3, with_r=True, activation="gelu"), randn(2, 3, 6, 7, dtype=torch.float32)
-    doubled = {name: 2 * p.detach() for name, p in layer.named_parameters()}
-    expected = ff.coord_conv2d(x, *[doubled[k] for k in ("weight", "coord_weight", "bias")], spec=WITH_R, activation="gelu")
-    assert_same(torch.func.functional_call(layer, doubled, (x,)), expected, "functional_call")
-    gradients = []
-    for reentrant in (None, False, True):
-        leaf = x.clone().requires_grad_()
-        y = layer(leaf) if reentrant is None else torch.utils.checkpoint.checkpoint(layer, leaf, use_reentrant=reentrant)
-        gradients.append(torch.autograd.grad(y.sum(), (leaf, layer.coord_weight)) if not reentrant else None)
-    assert all(torch.equal(a, b) for a, b in zip(gradients[0], gradients[1], strict=True))
-
-
 # ---- autocast, modes, tensors without memory -----------------------------------------------------------------------------
 
 

@@ -422,6 +422,10 @@ def compress_refusals() -> list[Refusal]:
         given = {"values": values, "mask": bits, "shape": (5, 70), "format": "bitmap", **changes}
         return Refusal(error, f"SparseWeight: {message}", lambda: SparseWeight(**given))
 
+    def loading(error: type[Exception], message: str, **state: Any) -> Refusal:
+        state = state or {"values": values}
+        return Refusal(error, f"SparseWeight: {message}", lambda: object.__new__(SparseWeight).__setstate__(state))
+
     def exchanging(error: type[Exception], message: str, v: Any) -> Refusal:
         return Refusal(error, f"SparseWeight: {message}", lambda: sparse.with_values(v))
 
@@ -432,6 +436,11 @@ def compress_refusals() -> list[Refusal]:
     pad = "mask has bits set beyond its 70 columns, which must be zero; pack with pack_mask"
     too_wide = "format 'csr16' holds at most 65536 columns, got 65537"
     nnz, doubles = len(values), values.double()
+    saved = {"values": values, "mask": bits, "shape": (5, 70), "format": "bitmap"}
+    on_meta = (
+        "weight is a meta tensor, and nothing says how many of its values are kept; give a mask that is none, or compress when "
+        "the weight has values"
+    )
     return [
         compressing(TypeError, "weight must be a Tensor, got NoneType", None),
         compressing(TypeError, f"weight {kinds}, got int32", weight.int()),
@@ -444,6 +453,8 @@ def compress_refusals() -> list[Refusal]:
         compressing(ValueError, pad, m=beyond),
         compressing(ValueError, "packed mask for weight (5, 70) must be (5, 16), got (5, 8)", m=bits[:, :8]),
         compressing(ValueError, f"{too_wide}; use 'slab'", wide, None, format="csr16"),
+        compressing(ValueError, on_meta, weight.to("meta"), None),
+        compressing(ValueError, on_meta, weight.to("meta"), mask.to("meta")),
         making(TypeError, f"values {kinds}, got int64", values=values.long()),
         making(ValueError, f"values must be [nnz], got ({nnz}, 1)", values=values[:, None]),
         making(ValueError, f"values must be one for each of the {nnz} set bits of mask, got {nnz - 1}", values=values[1:]),
@@ -462,6 +473,10 @@ def compress_refusals() -> list[Refusal]:
             shape=(1, 65537),
             format="csr16",
         ),
+        making(ValueError, "shape must have fewer than 2**63 elements, got (8, 1152921504606846976)", shape=(8, 2**60)),
+        loading(ValueError, "a saved one holds values, mask, shape, format, reason, batch_hint, got values; save it again"),
+        loading(TypeError, "reason must be a str, got int", **saved, reason=3, batch_hint=None),
+        loading(ValueError, "batch_hint must be at least 1, got 0", **saved, reason="", batch_hint=0),
         exchanging(ValueError, f"values must be one for each of the {nnz} set bits of mask, got {nnz - 1}", values[1:]),
         exchanging(ValueError, f"values must be [nnz], got (1, {nnz})", values[None]),
         exchanging(TypeError, "values must be float32 as these are, got float64; convert the weight with .to()", doubles),
@@ -729,7 +744,8 @@ def test_bytes_of_formats():
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
-def test_auto_follows_its_table(dtype):
+def test_auto_follows_its_table(dtype, monkeypatch):
+    monkeypatch.setattr(maskmm_sparse, "LEAST_WORK", ((0.0, 0),))
     for batch, density in itertools.product((1, 8, 64, 512), (0.02, 0.2, 0.5, 1.0)):
         mask = random_mask(50, 200, share=density)
         sparse = compress(torch.ones(50, 200, dtype=dtype), mask, batch_hint=batch)

@@ -102,6 +102,7 @@ def test_auto_is_the_table(monkeypatch):
         torch.bfloat16: ((float("inf"), ((0.0, "dense"),)),),
     }
     monkeypatch.setattr(maskmm_sparse, "TABLE", table)
+    monkeypatch.setattr(maskmm_sparse, "LEAST_WORK", ((0.0, 0),))
     monkeypatch.setattr(maskmm_sparse, "AMX_TABLE", ((float("inf"), ((0.0, "slab"),)),))
     monkeypatch.setattr(maskmm_sparse._C, "machine_capability", lambda: "avx512")
     weight = randn(4, 64, dtype=F32)
@@ -122,6 +123,20 @@ def test_auto_is_the_table(monkeypatch):
     monkeypatch.setattr(maskmm_sparse._C, "machine_capability", lambda: "amx")
     assert chosen(9, 1, weight.bfloat16()).format == "slab"
     assert chosen(9, 1).format == "bitmap"
+
+
+def test_auto_leaves_small_products_dense():
+    """What F.linear does in the time that a sparse kernel takes to begin, by size, rows and density."""
+
+    def chosen(n: int, rows: int, density: float) -> SparseWeight:
+        return ff.compress(torch.ones(n, 512), torch.rand(n, 512) < density, batch_hint=rows)
+
+    torch.manual_seed(0)
+    assert chosen(512, 3, 0.1).format == "dense"
+    assert chosen(512, 4, 0.1).format == "csr16"
+    assert chosen(512, 4, 0.3).format == "dense"
+    assert chosen(512, 8, 0.3).format == "csr16"
+    assert chosen(64, 1, 0.1).reason == "measured faster for so small a product, 64 x 512 with 1 row of x"
 
 
 def test_tune_does_not_touch_gradients():

@@ -67,11 +67,12 @@ def test_make_targets_exist(page):
 def test_every_function_and_module_has_a_row():
     without_speeds = re.sub(r"<!-- benchmarks:begin -->.*<!-- benchmarks:end -->", "", README, flags=re.S)
     rows = re.findall(r"^\| `([\w.]+)`", without_speeds, re.M)
-    rooms = ("fourfold.ops.", "fourfold.tickets", "fourfold.comparison")
-    functions = [name for name in ff.__all__ if getattr(getattr(ff, name), "__module__", "").startswith(rooms)]
+    rooms = ("fourfold.ops.", "fourfold.tickets", "fourfold.comparison", "fourfold.swapping")
+    modules = {name: getattr(getattr(ff, name), "__module__", "") for name in ff.__all__}
+    functions = [name for name, module in modules.items() if module == "fourfold" or module.startswith(rooms)]
     assert functions
     named = {"nn": ff.nn.__all__, "jpeg": ff.jpeg.__all__, "models": ("dct_resnet50", "resnet50"), "compat": ff.compat.__all__}
-    named["metrics"] = ("CCAMetric",)
+    named |= {"metrics": ("CCAMetric",), "recipes": ff.recipes.__all__}
     assert sorted(rows) == sorted([*functions, *(f"{module}.{name}" for module, names in named.items() for name in names)])
 
 
@@ -87,6 +88,8 @@ def test_example_runs(path):
         pytest.importorskip("PIL", reason="needs pillow; run: pip install scikit-learn pillow")
     if "ff.jpeg" in text and not ff.has_jpeg():
         pytest.skip("built without libjpeg")
+    if "import ray" in text:
+        pytest.importorskip("ray", reason="needs Ray; run: pip install 'ray[data]' pillow")
     # What a longer run shows is tested where it belongs.
     quick = ["--quick"] if '"--quick"' in text else []
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # on a busy machine two mostly wait for each other

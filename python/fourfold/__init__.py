@@ -12,6 +12,7 @@ from . import jpeg as jpeg
 from . import metrics as metrics
 from . import models as models
 from . import nn as nn
+from . import recipes as recipes
 from . import reference as reference
 from ._facts import build_info, cpu_capability, has_cuda, has_jpeg, has_triton
 from .comparison import Comparison, compare
@@ -37,6 +38,7 @@ from .ops.maskmm import (
 from .ops.maskmm_sparse import SparseWeight, compress, sddmm, sparse_linear
 from .ops.maskmm_superposed import infer_task, superposed_linear, task_linear
 from .ops.maskmm_tickets import mask_from_criterion
+from .swapping import SwapReport, swap
 from .tickets import prune_and_rewind
 
 __version__ = _version("fourfold")
@@ -48,6 +50,7 @@ __all__ = [
     "Similarity",
     "SparseWeight",
     "StreamingCCA",
+    "SwapReport",
     "__version__",
     "add_coords",
     "bernoulli_mask",
@@ -86,6 +89,7 @@ __all__ = [
     "procrustes",
     "prune_and_rewind",
     "pwcca",
+    "recipes",
     "reference",
     "rgb_to_dct",
     "rv",
@@ -95,6 +99,7 @@ __all__ = [
     "supermask_linear",
     "superposed_linear",
     "svcca",
+    "swap",
     "task_linear",
     "threshold_mask",
     "topk_mask",

@@ -1,12 +1,10 @@
 """compare: the similarity of every layer of one model with every layer of another, from one pass over the data."""
 
 import contextlib
-import dataclasses
 import importlib
 import itertools
 import math
 import os
-import sys
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from ._globs import is_glob, matching_names
 from ._progress import progress_bar
+from ._running import as_it_is, compiled_by, evaluating, memory_of, tensors_in
 from .ops import _checks as check
 from .ops.cca_streaming import CONV, METHODS, StreamingCCA, comparable
 
@@ -175,7 +174,7 @@ def compare(
     pairs: _Pairs | None = None
     bar = progress_bar(_batches(loader, max_batches), "batch", _OP) if progress else None
     try:
-        with _evaluating(model_a, model_b):
+        with evaluating(model_a, model_b):
             for number, batch in enumerate(itertools.islice(loader, max_batches)):
                 args, kwargs = _inputs(batch, number)
                 if target is not None:
@@ -259,12 +258,11 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 def _refuse_compiled(label: str, model: nn.Module) -> None:
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
     for name, module in model.named_modules():
-        wrapped = dynamo is not None and isinstance(module, dynamo.OptimizedModule)
-        if wrapped or module._compiled_call_impl is not None:
+        how = compiled_by(module)
+        if how is not None:
             which = f"{name!r} of {label}" if name else label
-            fix = "the module that was compiled, its _orig_mod" if wrapped else "a copy made before its compile()"
+            fix = "the module that was compiled, its _orig_mod" if how == "wrapped" else "a copy made before its compile()"
             raise ValueError(f"{_OP}: {which} is compiled by torch.compile, which does not call hooks reliably; pass {fix}")
 
 
@@ -293,24 +291,6 @@ def _target(device: Any, sides: Sequence[_Side]) -> torch.device | None:
 # ---- running a model -------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """In eval mode; every module is then put back into the mode it was in."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        for model in models:
-            if any(module.training for module in model.modules()):
-                model.eval()
-        yield
-    finally:
-        # Parents come first: train() of a class of its own may do more than set a flag, and sets that of its children.
-        for module, mode in modes:
-            if module.training != mode:
-                module.train(mode)
-        for module, mode in modes:
-            module.training = mode
-
-
 class _Run:
     """A model that runs once a batch, for one side or, compared with itself, for both."""
 
@@ -318,7 +298,7 @@ class _Run:
         self.label, self.model, self.both = label, sides[0].model, len(sides) == 2
         self.modules = {name: side.modules[name] for side in sides for name in side.names}
         own = itertools.chain(self.model.parameters(), self.model.buffers())
-        self.owned = {_memory(t) for t in own if not nn.parameter.is_lazy(t)}
+        self.owned = {memory_of(t) for t in own if not nn.parameter.is_lazy(t)}
         for side in sides:
             side.run = self
 
@@ -329,7 +309,7 @@ class _Run:
         """The layers' outputs for a batch, of those that run."""
         found: dict[Hashable, Tensor] = {}
         ran: set[str] = set()
-        owned = self.owned | {_memory(t) for t in _tensors([args, kwargs])}
+        owned = self.owned | {memory_of(t) for t in tensors_in([args, kwargs])}
 
         def keep(name: str) -> Any:
             def hook(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -338,10 +318,10 @@ class _Run:
                         f"{_OP}: layer {name!r} of {self.label} runs twice in one forward; name layers that run once in layers="
                     )
                 ran.add(name)
-                x = next(_tensors(output), None)
+                x = next(tensors_in(output), None)
                 if x is not None:
                     check.tensor(_OP, f"the output of layer {name!r} of {self.label}", x)
-                    found[self.key(name)] = _as_it_is(x.detach(), owned)
+                    found[self.key(name)] = as_it_is(x.detach(), owned)
 
             return hook
 
@@ -355,43 +335,6 @@ class _Run:
             for handle in handles:
                 handle.remove()
         return found
-
-
-def _memory(x: Tensor) -> int:
-    """Which memory a tensor is in; asking for its address would end copy-on-write."""
-    return x.untyped_storage()._cdata if x.layout is torch.strided and not x.is_nested else id(x)
-
-
-def _as_it_is(x: Tensor, owned: set[int]) -> Tensor:
-    """What x holds now, whatever is written into it later.
-
-    No copy is made if nothing is: memory is shared until someone writes. That is done to memory of this forward alone; the
-    models' and the loader's own is copied.
-    """
-    lazy_clone = getattr(torch, "_lazy_clone", None)
-    if lazy_clone is None or type(x) is not Tensor or _memory(x) in owned:
-        return x.clone()
-    try:
-        return lazy_clone(x)
-    except RuntimeError:  # memory that torch has not allocated itself, as numpy's
-        return x.clone()
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in a tensor, and in tuples, lists, dicts and dataclasses of any depth, in order."""
-    if isinstance(output, Tensor):
-        yield output
-        return
-    if isinstance(output, Mapping):
-        parts: Iterable[Any] = output.values()
-    elif isinstance(output, (tuple, list)):
-        parts = output
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        parts = [getattr(output, field.name) for field in dataclasses.fields(output)]
-    else:
-        return
-    for part in parts:
-        yield from _tensors(part)
 
 
 def _inputs(batch: Any, number: int) -> tuple[list[Any], dict[str, Any]]:

@@ -90,6 +90,8 @@ def prune_and_rewind(
                 f"{_OP}: {name or 'the model'} is pruned by torch.nn.utils.prune; take it over first, with "
                 "MaskedLinear.from_pruned or MaskedConv2d.from_pruned"
             )
+        for label, parameter in module.named_parameters(name, recurse=False):
+            check.local(_OP, label, parameter)
     ticket, layers = _masked_copy(model)
     rates = _rates(rate, list(layers), scope)
     layers = {name: layer for name, layer in layers.items() if name in rates}

@@ -345,6 +345,24 @@ def without_tf32(device):
             forbid()
 
 
+def reduced(device):
+    """A group of one process, over NCCL on a GPU: sums that lie there, and on the CPU, which NCCL doesn't reach."""
+    import torch.distributed as dist
+
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for place in {device.type: device, "cpu": torch.device("cpu")}.values():
+            x, y = related(900, (24, 16), place)
+            stream = ff.StreamingCCA().update({"x": x, "y": y})
+            alone = stream.compute("svcca").matrix
+            error = (stream.all_reduce().compute("svcca").matrix - alone).abs().max().item()
+            assert error < 1e-12, f"sums on {place}: {error:.3g}"
+            assert {t.device.type for state in stream._states for t in state.tensors()} == {place.type}
+    finally:
+        dist.destroy_process_group()
+
+
 CHECKS = [
     *(
         Check(
@@ -384,6 +402,7 @@ CHECKS = [
         for precision, dtype in (("high", torch.float32), ("fast", torch.float32), ("fast", torch.bfloat16))
     ),
     Check("StreamingCCA, cca", "no TF32", without_tf32),
+    Check("StreamingCCA.all_reduce", "a group of one process", reduced),
     *(
         Check("_pack_samples", f"more than 2**31 elements{', last' * last}", functools.partial(pack_beyond_31_bits, last))
         for last in (False, True)

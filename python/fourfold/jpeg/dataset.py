@@ -119,7 +119,8 @@ class DctDataset(torch.utils.data.Dataset[Item]):
     own resolution; it is computed from dequantised coefficients, exactly but for rounding. Images lie centred, at the step
     below the exact middle. With ``train`` the position is drawn at random and half of the images are mirrored left to right.
     The random numbers are torch's, three for each image, so ``torch.manual_seed`` and the seeds of DataLoader workers make
-    them repeatable.
+    them repeatable. Processes of one job that seed torch alike draw alike, for other images, unless the DataLoader of each has
+    a ``generator`` of its own seed.
 
     A plain map-style dataset: shuffling, DistributedSampler and worker processes are the DataLoader's. It fetches whole
     batches (``__getitems__``), decoded by native threads and normalised in one pass, which :func:`collate` hands on without a

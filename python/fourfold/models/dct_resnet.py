@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import _checks as check
-from .resnet import LAYERS, Bottleneck, check_arguments, initialize, layer, resnet50, stage
+from .resnet import LAYERS, Bottleneck, check_arguments, initialize, layer, made_on, reset, resnet50, stage
 
 VARIANTS = (
     "upsampling",
@@ -60,6 +60,10 @@ class DCTResNet(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(2048, num_classes)
         initialize(self)
+
+    def reset_parameters(self) -> None:
+        """Draws all weights anew, as they are at first without a backbone; batch norms forget what they have seen."""
+        reset(self)
 
     def _begin(self) -> None:
         """Builds what stands before layer4."""
@@ -278,7 +282,13 @@ _CLASSES: dict[str, type[DCTResNet]] = {
 
 
 def dct_resnet50(
-    variant: str, num_classes: int = 1000, *, backbone: nn.Module | None = None, stride_in_1x1: bool = True
+    variant: str,
+    num_classes: int = 1000,
+    *,
+    backbone: nn.Module | None = None,
+    stride_in_1x1: bool = True,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
 ) -> DCTResNet:
     """ResNet-50 on DCT coefficients, as :func:`fourfold.rgb_to_dct` and ``fourfold.jpeg.DctDataset`` give them.
 
@@ -320,23 +330,30 @@ def dct_resnet50(
         backbone: torchvision's ResNet-50, :func:`resnet50`, or another one with the same layers and names, such as timm's.
         stride_in_1x1: layers that halve the size do so in their first 1×1 convolution, as in the papers' networks, not in the
             3×3 one. A backbone decides it.
+        device: of the network. A backbone decides it.
+        dtype: of its parameters and statistics. A backbone decides it.
 
     Raises:
-        ValueError: the variant is unknown; backbone is another network; or it has its strides in the 1×1 convolutions and
-            ``stride_in_1x1=False`` was given.
+        ValueError: the variant is unknown; backbone is another network; it has its strides in the 1×1 convolutions and
+            ``stride_in_1x1=False`` was given; or device or dtype was given beside it.
     """
     check.one_of("dct_resnet50", "variant", variant, VARIANTS)
     check_arguments("dct_resnet50", num_classes, stride_in_1x1)
     if backbone is None:
-        return _CLASSES[variant](variant, num_classes, stride_in_1x1)
+        with made_on(device):
+            return _CLASSES[variant](variant, num_classes, stride_in_1x1).to(dtype=dtype)
+    if device is not None or dtype is not None:
+        raise ValueError("dct_resnet50: the backbone decides device and dtype; leave them out, and move the model with .to()")
     convention = _convention_of(backbone)
     if convention and not stride_in_1x1:
         raise ValueError(
             "dct_resnet50: stride_in_1x1=False was given, but the backbone has its strides in the 1×1 convolutions; leave the "
             "argument out"
         )
-    model = _CLASSES[variant](variant, num_classes, convention)
     weight: Any = dict(backbone.named_modules())["layer4.0.conv1"].weight
+    # Drawn on the CPU for every device that has values, so that these don't depend on it.
+    with made_on("meta" if weight.is_meta else "cpu"):
+        model = _CLASSES[variant](variant, num_classes, convention)
     model.to(weight.device, weight.dtype)
     _take_over(model, backbone)
     return model.train(backbone.training)

@@ -1,6 +1,7 @@
 """ResNet-50 (He et al., 2015), module for module torchvision's, so that weights go from one to the other."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -89,6 +90,21 @@ def initialize(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
+def reset(model: nn.Module) -> None:
+    """Draws everything anew, as on construction."""
+    for module in model.modules():
+        if module is not model and callable(getattr(module, "reset_parameters", None)):
+            module.reset_parameters()  # type: ignore[operator]
+    initialize(model)
+
+
+@contextlib.contextmanager
+def made_on(device: Any) -> Iterator[None]:
+    """What is built inside stands on this device; None: on torch's default."""
+    with contextlib.nullcontext() if device is None else torch.device(device):
+        yield
+
+
 def check_arguments(op: str, num_classes: Any, stride_in_1x1: Any) -> None:
     """Raises unless num_classes is an int of 1 or more and stride_in_1x1 a bool."""
     if check.integer(op, "num_classes", num_classes) < 1:
@@ -115,6 +131,10 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(2048, num_classes)
         initialize(self)
 
+    def reset_parameters(self) -> None:
+        """Draws all weights anew, as they are at first; batch norms forget what they have seen."""
+        reset(self)
+
     def forward(self, x: Tensor) -> Tensor:
         """x [B, 3, H, W] -> scores [B, num_classes]."""
         check.floating("resnet50", "x", x)
@@ -129,7 +149,9 @@ class ResNet(nn.Module):
         return f"stride_in_1x1={self.stride_in_1x1}"
 
 
-def resnet50(num_classes: int = 1000, *, stride_in_1x1: bool = False) -> ResNet:
+def resnet50(
+    num_classes: int = 1000, *, stride_in_1x1: bool = False, device: Any = None, dtype: torch.dtype | None = None
+) -> ResNet:
     """ResNet-50 on pixels, torchvision's to the bit: its ``state_dict`` loads, and gives its outputs.
 
     25.6 million parameters; for 224 × 224 pixels 4.09 G multiply-adds in the convolutions and the last layer, 3.86 G with
@@ -139,6 +161,9 @@ def resnet50(num_classes: int = 1000, *, stride_in_1x1: bool = False) -> ResNet:
         num_classes: scores per image.
         stride_in_1x1: where the layers that halve the size do so: in their first 1×1 convolution, as the paper has it (also
             called version 1), or in the 3×3 one, as torchvision does (version 1.5).
+        device: of the network.
+        dtype: of its parameters and statistics.
     """
     check_arguments("resnet50", num_classes, stride_in_1x1)
-    return ResNet(num_classes, stride_in_1x1)
+    with made_on(device):
+        return ResNet(num_classes, stride_in_1x1).to(dtype=dtype)

@@ -22,14 +22,46 @@ def _repr_of(freqs: list[int] | None, scale: Tensor | None) -> list[str]:
     return parts
 
 
-class _BlockTransform(torch.nn.Module):
+class _Scaled(torch.nn.Module):
+    """What the modules with a scale share: a buffer, or the Parameter that was given."""
+
+    scale: Tensor | None
+    _given: Tensor | None  # the values of scale on construction, on the CPU; None where it had none
+
+    def _init_scale(self, scale: Any, device: Any, dtype: torch.dtype | None) -> None:
+        name = type(self).__name__
+        if scale is not None and not isinstance(scale, Tensor):
+            scale = check.numbers(name, "scale", scale, dtype or torch.get_default_dtype(), torch.device("cpu"))
+            device = device or torch.get_default_device()
+        self._given = None if scale is None or scale.is_meta else scale.detach().to("cpu", copy=True)
+        if isinstance(scale, torch.nn.Parameter):
+            wanted = torch.device(device or scale.device)
+            moves = wanted.type != scale.device.type or wanted.index not in {None, scale.device.index}
+            if moves or (dtype or scale.dtype) != scale.dtype:
+                raise ValueError(
+                    f"{name}: scale is a Parameter, which is taken as it is, {check.dtype_name(scale)} on {scale.device}; "
+                    "leave out device and dtype, and move the module with .to()"
+                )
+            self.scale = scale
+            return
+        if scale is not None:
+            scale = check.numbers(name, "scale", scale, dtype or scale.dtype, torch.device(device or scale.device))
+        self.register_buffer("scale", scale)
+
+    def reset_parameters(self) -> None:
+        """Puts scale back to the values that the constructor was given; to 1 where it was given a meta tensor."""
+        if self.scale is not None:
+            with torch.no_grad():
+                self.scale.fill_(1) if self._given is None else self.scale.copy_(self._given)
+
+
+class _BlockTransform(_Scaled):
     """What both directions share: the arguments of the function, checked on construction."""
 
     block_size: int
     layout: str
     freqs: list[int] | None
     shift: float
-    scale: Tensor | None
 
     def __init__(
         self,
@@ -43,17 +75,9 @@ class _BlockTransform(torch.nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        name = type(self).__name__
-        if scale is not None and not isinstance(scale, Tensor):
-            scale = check.numbers(name, "scale", scale, dtype or torch.get_default_dtype(), torch.device(device or "cpu"))
-        elif scale is not None and not isinstance(scale, torch.nn.Parameter):
-            scale = check.numbers(name, "scale", scale, dtype or scale.dtype, torch.device(device or scale.device))
-        for option, value in check_options(name, block_size, layout, freqs, scale, shift).items():
+        self._init_scale(scale, device, dtype)
+        for option, value in check_options(type(self).__name__, block_size, layout, freqs, self.scale, shift).items():
             setattr(self, option, value)
-        if isinstance(scale, torch.nn.Parameter):
-            self.scale = scale
-        else:
-            self.register_buffer("scale", scale)
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -76,7 +100,8 @@ class _BlockTransform(torch.nn.Module):
 class BlockDCT2d(_BlockTransform):
     """Module form of :func:`fourfold.block_dct`: [B, C, H, W] to coefficients.
 
-    ``scale`` is a buffer, or trained if given as a ``torch.nn.Parameter``; the other arguments are fixed.
+    ``scale`` is a buffer of this ``device`` and ``dtype``, or trained if given as a ``torch.nn.Parameter``, which is taken as
+    it is; the other arguments are fixed. ``reset_parameters`` puts scale back to what was given.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -92,14 +117,12 @@ class BlockIDCT2d(_BlockTransform):
         return block_idct(y, size=size, **self._options())
 
 
-class RGBToDCT(torch.nn.Module):
+class RGBToDCT(_Scaled):
     """Module form of :func:`fourfold.rgb_to_dct`: RGB [B, 3, H, W] to (y, cbcr), for ``network(*module(rgb))``.
 
     ``scale`` is a buffer, or trained if given as a ``torch.nn.Parameter``; the other arguments are fixed. ``dtype`` is that of
-    the results and stays when the module is moved to another; ``device`` is that of the buffer.
+    the results and stays when the module is moved to another; ``device`` is that of the buffer, as in :class:`BlockDCT2d`.
     """
-
-    scale: Tensor | None
 
     def __init__(
         self,
@@ -116,13 +139,7 @@ class RGBToDCT(torch.nn.Module):
         self.subsampling, self.layout, self.dtype = subsampling, layout, dtype
         self.freqs = frequencies.listed("RGBToDCT", freqs, 8)
         f = frequencies.count(self.freqs, 8)
-        if isinstance(scale, torch.nn.Parameter):
-            self.scale = scale
-        else:
-            if scale is not None:
-                like = scale if isinstance(scale, Tensor) else torch.empty(0, dtype=torch.float64, device="cpu")
-                scale = check.numbers("RGBToDCT", "scale", scale, like.dtype, torch.device(device or like.device))
-            self.register_buffer("scale", scale)
+        self._init_scale(scale, device, None if isinstance(scale, Tensor) else torch.float64)
         if self.scale is not None and tuple(self.scale.shape) not in {(f,), (3, f)}:
             raise ValueError(f"RGBToDCT: scale must be [{f}] or [3, {f}], got {list(self.scale.shape)}")
 

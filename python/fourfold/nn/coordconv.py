@@ -134,6 +134,9 @@ class _CoordLayer(nn.Module):
                     f"{cls.__name__}.from_conv: {name} of the {cls._base.__name__} is not a Parameter; make pruning or weight "
                     "norm permanent first (torch.nn.utils.prune.remove, remove_weight_norm)"
                 )
+            parameter = conv._parameters[name]
+            if parameter is not None:
+                check.local(f"{cls.__name__}.from_conv", name, parameter)
         new: Any = cls(
             conv.in_channels,
             conv.out_channels,

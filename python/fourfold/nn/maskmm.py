@@ -26,6 +26,7 @@ from ..ops.maskmm import (
     in_autocast,
     masked_conv2d,
     masked_linear,
+    pack_mask,
     packed_bits,
     row_bytes,
     rows_of,
@@ -35,7 +36,7 @@ from ..ops.maskmm import (
     topk_mask,
     unpack_mask,
 )
-from ..ops.maskmm_sparse import SparseWeight, compress, from_table, sparse_linear
+from ..ops.maskmm_sparse import SparseWeight, compress, forget, from_table, sparse_linear
 from ..ops.maskmm_superposed import superposed_linear, task_linear
 
 EVAL_MASKS = ("round", "sample", "topk")
@@ -54,9 +55,9 @@ def _bits(op: str, mask: Any, weight: Tensor) -> Tensor:
 
 def _hard(mask: Tensor) -> Tensor:
     """A mask kept as numbers as bool, if all are 0 or 1; else as it is, on the CPU, where packed_bits says which one isn't."""
-    if not mask.is_floating_point() or mask.is_meta:
+    if not mask.is_floating_point():
         return mask
-    return mask != 0 if bool(((mask == 0) | (mask == 1)).all()) else mask.cpu()
+    return mask != 0 if mask.is_meta or bool(((mask == 0) | (mask == 1)).all()) else mask.cpu()
 
 
 def _of_another_k(op: str, bits: Tensor, k: int) -> str | None:
@@ -70,6 +71,15 @@ def _of_another_k(op: str, bits: Tensor, k: int) -> str | None:
     except ValueError as error:
         return str(error)
     return None
+
+
+def _keep_all(bits: Tensor, k: int) -> None:
+    """Sets the bits of rows of k, whatever was in their memory."""
+    whole, part = divmod(k, 8)
+    bits.zero_()
+    bits[..., :whole] = 255
+    if part:
+        bits[..., whole] = (1 << part) - 1
 
 
 def _count(bits: Tensor) -> int:
@@ -88,6 +98,17 @@ class _Plain(nn.Module):
     bias: Any
     mask_bits: Tensor
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        had_no_values = "mask_bits" in self._buffers and self.mask_bits.is_meta
+        super()._apply(fn, recurse)
+        if had_no_values and not self.mask_bits.is_meta:  # to_empty: no mask came with the memory
+            self._begin_masks()
+        return self
+
+    def _begin_masks(self) -> None:
+        """Keeps every weight."""
+        _keep_all(self.mask_bits, rows_of(self.weight)[1])
+
     @classmethod
     def _check_source(cls, method: str, layer: Any) -> None:
         name = f"{cls.__name__}.{method}"
@@ -103,6 +124,9 @@ class _Plain(nn.Module):
                     "MaskedLinear.from_pruned, MaskedConv2d.from_pruned and SparseLinear.from_pruned, and weight norm must be "
                     "made permanent first"
                 )
+            found = layer._parameters[parameter]
+            if found is not None:
+                check.local(name, parameter, found)
 
     @classmethod
     def _arguments_of(cls, layer: Any) -> dict[str, Any]:
@@ -272,6 +296,8 @@ class MaskedLinear(_Masked, nn.Linear):
     Parameters as in ``torch.nn.Linear``: ``weight`` is whole, and what it holds off the mask is never used. Its gradient is
     exactly 0 there. Buffer ``mask_bits``: uint8 [out_features, 8 * ceil(in_features / 64)]. The entries of
     torch.nn.utils.prune (``weight_orig``, ``weight_mask``), and ``weight`` with a bool or float ``mask``, load too.
+    ``reset_parameters`` leaves the mask as it is; a layer built on the meta device keeps every weight after ``to_empty``, until
+    a state_dict or ``set_mask`` tells it its mask.
     """
 
     _base = nn.Linear
@@ -637,18 +663,28 @@ class SparseLinear(nn.Module):
     Args:
         sparse_weight: from :func:`fourfold.compress`.
         bias: [out_features], or None; a Parameter is taken over as it is.
+        device: of the layer; None where sparse_weight is. What has to be moved or converted is copied.
+        dtype: of values and bias; None that of sparse_weight.
 
     Parameters: ``values`` [nnz], row-major, and ``bias``; an optimizer's state is as small. Buffer ``mask_bits``. The
     state_dict holds these three and nothing that depends on the format, so a file loads on any machine, also into a layer with
     another number of values, whose format is then chosen anew if "auto" chose it. Of a layer that only infers,
-    ``requires_grad_(False)`` spares format "dense" making the dense weight on every call.
+    ``requires_grad_(False)`` spares format "dense" making the dense weight on every call. A layer built on the meta device
+    keeps as many weights after ``to_empty``, scattered, the same ones in every process, until a state_dict tells it its mask.
     """
 
     values: nn.Parameter
     bias: nn.Parameter | None
     mask_bits: Tensor
 
-    def __init__(self, sparse_weight: SparseWeight, bias: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        sparse_weight: SparseWeight,
+        bias: Tensor | None = None,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         op = type(self).__name__
         if not isinstance(sparse_weight, SparseWeight):
@@ -656,19 +692,36 @@ class SparseLinear(nn.Module):
                 f"{op}: sparse_weight must be a SparseWeight, got {type(sparse_weight).__name__}; make one with "
                 "fourfold.compress, or use SparseLinear.from_linear"
             )
+        if dtype is not None and dtype not in check.FLOATING:
+            raise TypeError(f"{op}: dtype must be float16, bfloat16, float32 or float64, got {check.dtype_name(dtype)}")
         self.out_features, self.in_features = sparse_weight.shape
         self.format, self.reason = sparse_weight.format, sparse_weight.reason
         self._batch_hint = sparse_weight._batch_hint
         self._kept: SparseWeight | None = None
-        values = sparse_weight.values
-        self.values = values if isinstance(values, nn.Parameter) else nn.Parameter(values.detach().clone())
-        self.register_buffer("mask_bits", sparse_weight.mask.clone())
+        self.values = self._own(sparse_weight.values, device, dtype)
+        self.register_buffer("mask_bits", sparse_weight.mask.to(self.values.device, copy=True))
         if bias is not None:
             check.floating(op, "bias", bias)
             if tuple(bias.shape) != (self.out_features,):
                 raise ValueError(f"{op}: bias must be [{self.out_features}], got {list(bias.shape)}")
-            bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach().clone())
+            bias = self._own(bias, device, dtype)
         self.register_parameter("bias", bias)
+
+    @staticmethod
+    def _own(given: Tensor, device: Any, dtype: torch.dtype | None) -> nn.Parameter:
+        """A Parameter as it is where it may stay so, else a new one."""
+        moved = given.detach().to(given.device if device is None else device, dtype or given.dtype)
+        same = moved.device == given.device and moved.dtype == given.dtype
+        if isinstance(given, nn.Parameter):
+            return given if same else nn.Parameter(moved, requires_grad=given.requires_grad)
+        return nn.Parameter(moved.clone() if same else moved)
+
+    def reset_parameters(self) -> None:
+        """Draws values and bias as Linear draws its own, from in_features; the mask stays."""
+        bound = 1 / math.sqrt(max(1, self.in_features))
+        for parameter in (self.values, self.bias):
+            if parameter is not None:
+                nn.init.uniform_(parameter, -bound, bound)
 
     @classmethod
     def from_linear(
@@ -683,7 +736,8 @@ class SparseLinear(nn.Module):
 
         Args:
             linear: exactly a ``torch.nn.Linear``.
-            mask: bool of weight's shape, or packed; None keeps the weights that are not 0.
+            mask: bool of weight's shape, or packed; None keeps the weights that are not 0. For a linear on the meta device it
+                is on another one.
             format: as :func:`fourfold.compress`.
             batch_hint: as :func:`fourfold.compress`.
 
@@ -693,7 +747,7 @@ class SparseLinear(nn.Module):
         """
         MaskedLinear._check_source("from_linear", linear)
         weight = linear.weight.detach()
-        bits = None if mask is None else _bits(f"{cls.__name__}.from_linear", mask, weight)
+        bits = mask if mask is None or weight.is_meta else _bits(f"{cls.__name__}.from_linear", mask, weight)
         sparse = compress(weight, bits, format=format, batch_hint=batch_hint)
         return _sparse(sparse, linear.bias, linear.weight.requires_grad, linear.training)
 
@@ -718,13 +772,33 @@ class SparseLinear(nn.Module):
             return kept
         shape = self.out_features, self.in_features
         weight = SparseWeight(self.values, self.mask_bits, shape, self.format, reason=self.reason)
-        if not self.values.requires_grad and not torch.compiler.is_compiling():
+        # Not of tensors that torch.func puts in the Parameter's place for one call.
+        if isinstance(self.values, nn.Parameter) and not self.values.requires_grad and not torch.compiler.is_compiling():
             self._kept = weight
         return weight
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # fully_shard puts a Parameter back whose memory it has filled anew, without a new version.
+        if name == "values":
+            self._kept = None
+            forget(value)
+        super().__setattr__(name, value)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._kept = None  # the Parameter may stay the same object and get other contents
-        return super()._apply(fn, recurse)
+        had_no_values = self.mask_bits.is_meta
+        super()._apply(fn, recurse)
+        if had_no_values and not self.mask_bits.is_meta:  # to_empty: no mask came with the memory
+            self.mask_bits.copy_(self._scattered())
+        return self
+
+    def _scattered(self) -> Tensor:
+        """Bits of a mask that keeps as many weights as there are values."""
+        size = self.out_features * self.in_features
+        order = torch.randperm(size, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+        mask = torch.zeros(size, dtype=torch.bool, device="cpu")
+        mask[order[: self.values.numel()]] = True
+        return pack_mask(mask.view(self.out_features, self.in_features))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": None}
@@ -773,9 +847,17 @@ class SparseLinear(nn.Module):
                 error_msgs.append(wrong)
                 return
             if values.shape != self.values.shape:
+                if hasattr(self.values, "device_mesh"):
+                    error_msgs.append(
+                        f"{op}: values {tuple(self.values.shape)} are sharded and can't become {tuple(values.shape)}; load "
+                        "before fully_shard"
+                    )
+                    return
                 if self._batch_hint is not None:
                     density = values.shape[0] / max(self.in_features * self.out_features, 1)
-                    self.format, self.reason = from_table(self.values, density, self._batch_hint, self.in_features)
+                    self.format, self.reason = from_table(
+                        self.values, density, self._batch_hint, self.out_features, self.in_features
+                    )
                 self.values = nn.Parameter(self.values.new_empty(values.shape), requires_grad=self.values.requires_grad)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
@@ -800,7 +882,9 @@ class SuperposedLinear(_Plain, nn.Linear):
 
     Parameters: ``weight``, which requires no gradient, and ``bias``. Buffers: ``mask_bits``, uint8 [T, out_features,
     8 * ceil(in_features / 64)], and ``alpha`` [T], the mixture that forward uses when it is not told the task: 1 / T each until
-    it is changed. A state_dict of another number of tasks loads.
+    it is changed. A state_dict of another number of tasks loads. ``reset_parameters`` draws weight and bias and leaves masks
+    and alpha as they are; of a layer built on the meta device, masks keep every weight after ``to_empty``, and alpha is as at
+    first, until a state_dict says more.
     """
 
     _base = nn.Linear
@@ -829,6 +913,10 @@ class SuperposedLinear(_Plain, nn.Linear):
         empty = torch.empty(0, n, row_bytes(k), dtype=torch.uint8, device=self.weight.device)
         self.register_buffer("mask_bits", torch.stack(bits) if bits else empty)
         self.register_buffer("alpha", self._uniform(len(bits)))
+
+    def _begin_masks(self) -> None:
+        super()._begin_masks()
+        self.alpha.fill_(1 / max(1, self.num_tasks))
 
     def _uniform(self, tasks: int) -> Tensor:
         return self.weight.new_full((tasks,), 1 / max(1, tasks))

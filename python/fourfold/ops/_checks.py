@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Parameter
 
 from ._register import transforming
 
@@ -19,12 +20,24 @@ def dtype_name(x: Any) -> str:
 
 
 def tensor(op: str, name: str, x: Any) -> None:
-    """Raises TypeError unless x is a dense tensor."""
+    """Raises TypeError unless x is a dense tensor of this process alone."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+    local(op, name, x)
     if x.layout is not torch.strided or x.is_nested:
         kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
         raise TypeError(f"{op}: {name} must be a dense tensor, got a {kind} one; convert it first")
+
+
+def local(op: str, name: str, x: Tensor) -> None:
+    """Raises TypeError for a DTensor, which is a part of a tensor that several processes share."""
+    if type(x) is Tensor or type(x) is Parameter or not hasattr(x, "device_mesh"):  # its class may not even be imported
+        return
+    raise TypeError(
+        f"{op}: {name} must be a plain tensor, got a DTensor; pass its .to_local() where each process may work on its own "
+        "part, or its .full_tensor(), and leave the layer out of the parallelize plan; fully_shard (FSDP2) gathers parameters "
+        "for forward, elsewhere call the layer's unshard() first"
+    )
 
 
 def contents(x: Tensor) -> bool:
@@ -70,6 +83,7 @@ def numbers(op: str, name: str, value: Any, dtype: torch.dtype, device: torch.de
             value = torch.as_tensor(value, dtype=dtype, device=device)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"{op}: {name} must be a tensor or numbers, got {value!r}") from error
+    local(op, name, value)
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{op}: {name} must be real, got {dtype_name(value)}")
     if value.device.type == "meta" and device.type != "meta":

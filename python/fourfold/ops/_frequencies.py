@@ -38,6 +38,7 @@ def listed(op: str, freqs: Any, n: int) -> list[int] | None:
 
 
 def check_index(op: str, freqs: Tensor) -> None:
+    check.local(op, "freqs", freqs)
     if freqs.dtype != torch.int64 or freqs.dim() != 1:
         raise TypeError(
             f"{op}: freqs must be a list of ints or a 1-D int64 tensor, got {check.dtype_name(freqs)} of shape "

@@ -31,11 +31,13 @@ class Similarity:
         matrix: float64 [L, L] in the order of names; NaN for a pair that was not asked for.
         names: the layers, in the order of the first update.
         method: what was computed.
+        columns: the layers of the matrix's columns where they are others than names; else None.
     """
 
     matrix: Tensor
     names: tuple[Name, ...]
     method: str
+    columns: tuple[Name, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -423,8 +425,9 @@ class StreamingCCA:
     def all_reduce(self, group: Any = None) -> "StreamingCCA":
         """Gives every process of a torch.distributed group the statistics of all their samples.
 
-        A process without any data may take part. Not to be called twice without new data in between that only one process has:
-        what was added up once is then everywhere, and would be counted again.
+        A process without any data may take part. Sums travel on the device that they are on; where the group's backend can't
+        reach it, as NCCL can't reach the CPU, by way of the current one of its own. Not to be called twice without new data in
+        between that only one process has: what was added up once is then everywhere, and would be counted again.
         """
         import torch.distributed as dist
 
@@ -447,15 +450,20 @@ class StreamingCCA:
             for key in ("widths", "places", "size"):
                 if other[key] != header[key] or list(other["widths"]) != list(header["widths"]):
                     raise ValueError(f"{op}: processes must have the same layers and sizes, got {header[key]} and {other[key]}")
+        # One type of device for all, or some would wait in one backend and some in another.
+        kind = _reachable(dist.get_backend_config(group), full[0][1]["device"])
         if empty:
-            nccl = dist.get_backend(group) == "nccl"
-            device = torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-            self._become(header, skeleton, device)
+            self._become(header, skeleton, _current(kind))
         for number, state in enumerate(self._parts()):
             parts = [(other["n"][number], other["means"][number]) for _, other in full]
             state.repivot([p.to(state.device) for p in common_pivots(parts)])
             for t in state.tensors():
-                dist.all_reduce(t, group=group)
+                if t.device.type == kind:
+                    dist.all_reduce(t, group=group)
+                else:
+                    moved = t.to(_current(kind))
+                    dist.all_reduce(moved, group=group)
+                    t.copy_(moved)
             state.n = sum(n for n, _ in parts)
         self._batches = sum(header["batches"] for header, _ in headers)
         return self
@@ -468,7 +476,9 @@ class StreamingCCA:
         means = [
             [mean.cpu() for mean in (part.means() if isinstance(part, Moments) else part.pivots)] for part in self._parts()
         ]
-        return {"layout": self._layout, "means": means, "n": [part.n for part in self._parts()]}
+        device = self._device
+        assert device is not None
+        return {"layout": self._layout, "means": means, "n": [part.n for part in self._parts()], "device": device.type}
 
     def _become(self, header: Mapping[str, Any], skeleton: Mapping[str, Any], device: torch.device) -> None:
         """An accumulator of this layout without samples."""
@@ -665,6 +675,20 @@ class _Measures:
         constant = [self.names[k] for k in (i, j) if not bool(similarity.power(self.scatters[k]) > 0)]
         self.constant += constant
         return bool(constant)
+
+
+def _reachable(config: str, wanted: str) -> str:
+    """The type of device to reduce on: the wanted one if the group's backends ("cpu:gloo,cuda:nccl") reach it, or theirs.
+
+    A backend without a device in front of it is for all.
+    """
+    kinds = [part.partition(":")[0] for part in config.split(",") if ":" in part]
+    return wanted if wanted in kinds or not kinds else kinds[0]
+
+
+def _current(kind: str) -> torch.device:
+    """The device of this type that the process works on."""
+    return torch.device(kind, torch.accelerator.current_device_index()) if kind != "cpu" else torch.device(kind)
 
 
 def _pairs(pairs: Any) -> Any:

@@ -410,6 +410,7 @@ def _seed(op: str, seed: Any, device: torch.device) -> Tensor:
     if seed is None:
         return torch.randint(2**63 - 1, (), device=device)
     if isinstance(seed, Tensor):
+        check.local(op, "seed", seed)
         if seed.dtype != torch.int64:
             raise TypeError(f"{op}: seed must be an int or an int64 tensor, got {check.dtype_name(seed)}")
         if seed.numel() != 1:

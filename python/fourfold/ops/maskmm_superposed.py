@@ -363,6 +363,8 @@ def infer_task(model: torch.nn.Module, x: Tensor, *, method: str = "oneshot") ->
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"{op}: model must be a torch.nn.Module, got {type(model).__name__}")
     check.one_of(op, "method", method, METHODS)
+    if isinstance(x, Tensor):
+        check.local(op, "x", x)
     common = _CommonAlpha(model)
     if not common.own:
         raise ValueError(f"{op}: model has no layer with superposed masks; make one with nn.SuperposedLinear.from_linear")
