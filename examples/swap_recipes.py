@@ -95,7 +95,7 @@ def compress(width: int, amount: float, rows: int, rounds: int) -> None:
     report = ff.swap(model, ff.recipes.compress(batch_hint=rows), example=x)
     t = milliseconds(lambda: dense(x), lambda: model(x), rounds)
     left = f"; {len(report.names)} layers swapped, {len(report.left)} left"
-    show_times("`compress()`", f"MLP {width}, {amount:.0%} pruned, {rows} rows", t, left)
+    show_times("`compress()`", f"MLP {width}, {amount:.0%} pruned, {rows} row{'s' * (rows > 1)}", t, left)
 
 
 def supermask(width: int) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -385,6 +386,14 @@ def _certify(report: SwapReport, run: Example, swapped: Sequence[_Swapped], reci
     new = {name: each.new for name, each in names.items()}
     certificate, allowed, report.model_difference = run.after(new, replaced, may_change)
     report._called = run.called
+    silent = [name for name in names if name not in run.called]
+    if silent:
+        more = f" (and {len(silent) - 1} more)" if len(silent) > 1 else ""
+        warnings.warn(
+            f"{OP}: the example does not run layer {silent[0]!r}{more}; if a parent reads its weight and never calls it, the "
+            "new layer does nothing",
+            stacklevel=3,
+        )
     report.certificate = {name: certificate[name] for name in names if name in certificate}
     if may_change:
         return  # what follows a layer that may change its output changes too
