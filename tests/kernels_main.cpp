@@ -16,12 +16,14 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <vector>
 
 #include "blockdct/kernels.h"
 #include "blockdct/rgb.h"
 #include "cca/kernels.h"
+#include "cca/spectra_kernels.h"
 #include "common/isa.h"
 #include "coordconv/kernels.h"
 #include "maskmm/kernels.h"
@@ -34,6 +36,7 @@
   extern const maskmm::Kernels maskmm_kernels;       \
   extern const sampling::Kernels sampling_kernels;   \
   extern const cca::Kernels cca_kernels;             \
+  extern const spectra::Kernels spectra_kernels;     \
   }
 #define ENTRY(tier)                    \
   {fourfold::Tier::tier,               \
@@ -42,7 +45,8 @@
    &fourfold::tier::coordconv_kernels, \
    &fourfold::tier::maskmm_kernels,    \
    &fourfold::tier::sampling_kernels,  \
-   &fourfold::tier::cca_kernels}
+   &fourfold::tier::cca_kernels,       \
+   &fourfold::tier::spectra_kernels}
 #if defined(FOURFOLD_ISA)
 DECLARE(FOURFOLD_ISA)
 #elif defined(__x86_64__)
@@ -69,6 +73,7 @@ const struct {
   const fourfold::maskmm::Kernels* maskmm;
   const fourfold::sampling::Kernels* sampling;
   const fourfold::cca::Kernels* cca;
+  const fourfold::spectra::Kernels* spectra;
 } kTiers[] = {
 #if defined(FOURFOLD_ISA)
     ENTRY(FOURFOLD_ISA),
@@ -203,15 +208,23 @@ void compare(const char* what, Buffer& result, const Expected& expected) {
 
 // ---- transforms ----------------------------------------------------------------------------------------------------------
 
-// out[u] = sum over k of D[u][k] in[k], D orthonormal DCT-II; or with its transpose.
+// The orthonormal DCT-II as a matrix D[u][k]; made once a size, since emulated cosines take most of the time otherwise.
+const std::vector<double>& dct_matrix(int n) {
+  static std::map<int, std::vector<double>> made;
+  std::vector<double>& matrix = made[n];
+  for (int at = static_cast<int>(matrix.size()); at < n * n; ++at) {
+    const int u = at / n, k = at % n;
+    matrix.push_back(std::sqrt((u ? 2.0 : 1.0) / n) * std::cos(std::acos(-1.0) * (2 * k + 1) * u / (2 * n)));
+  }
+  return matrix;
+}
+
+// out[u] = sum over k of D[u][k] in[k]; or with its transpose.
 void naive(int n, const double* in, double* out, int step, bool inverse) {
-  const double pi = std::acos(-1.0);
+  const double* matrix = dct_matrix(n).data();
   for (int a = 0; a < n; ++a) {
     double sum = 0;
-    for (int b = 0; b < n; ++b) {
-      const int u = inverse ? b : a, k = inverse ? a : b;
-      sum += in[b * step] * std::sqrt((u ? 2.0 : 1.0) / n) * std::cos(pi * (2 * k + 1) * u / (2 * n));
-    }
+    for (int b = 0; b < n; ++b) sum += in[b * step] * (inverse ? matrix[b * n + a] : matrix[a * n + b]);
     out[a * step] = sum;
   }
 }
@@ -447,7 +460,7 @@ void test_normalize(const Kernels& kernels, const char* tier) {
 #include "kernels_rgb.h"
 
 int main() {
-  for (const auto& [tier, kernels, rgb, coordconv, maskmm, sampling, cca] : kTiers) {
+  for (const auto& [tier, kernels, rgb, coordconv, maskmm, sampling, cca, spectra] : kTiers) {
     const char* name = fourfold::name_of(tier);
     if (tier > fourfold::machine_tier()) {
       std::printf("%s: not run, this processor lacks it\n", name);
@@ -460,6 +473,7 @@ int main() {
     test_coordconv(*coordconv, name);
     test_maskmm(*maskmm, *sampling, name);
     test_cca(*cca, name);
+    test_spectra(*spectra, name);
     std::printf("%s: %ld comparisons, %ld failed\n", name, checked, failed);
     if (failed) return 1;
   }

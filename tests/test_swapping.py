@@ -1141,6 +1141,24 @@ def test_a_layer_that_is_called_behind_the_models_back() -> None:
     assert_refused(message, hooked, LINEAR, example=torch.ones(2, 3))
 
 
+def test_a_layer_that_is_read_and_never_called() -> None:
+    """A weight of its own that is used; not one that is looked at, nor one that another layer uses."""
+    read = Runs(lambda self, x: nn.functional.linear(self.b(x), self.a.weight), a=nn.Linear(3, 3), b=nn.Linear(3, 3))
+    message = (
+        "swap: the model reads the weight of layer 'a' and never calls it, so a new layer there would do nothing; leave it out "
+        "with where="
+    )
+    assert_refused(message, read, LINEAR, example=torch.ones(2, 3))
+    ff.swap(read, LINEAR, where="b", example=torch.ones(2, 3))
+    looked_at = Runs(lambda self, x: self.b(x.to(self.a.weight.dtype)), a=nn.Linear(3, 3), b=nn.Linear(3, 3))
+    with pytest.warns(UserWarning, match="does not run layer 'a'"):
+        ff.swap(looked_at, LINEAR, example=torch.ones(2, 3))
+    tied = Runs(lambda self, x: self.b(x), a=nn.Linear(3, 3), b=nn.Linear(3, 3))
+    tied.a.weight = tied.b.weight
+    with pytest.warns(UserWarning, match="does not run layer 'a'"):
+        ff.swap(tied, LINEAR, example=torch.ones(2, 3))
+
+
 def test_calls_that_the_new_layer_gets_too_few_of() -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         return self.a(x) if type(self.a) is nn.Linear else x

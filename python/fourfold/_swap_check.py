@@ -3,12 +3,14 @@
 import contextlib
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
+from torch.overrides import TorchFunctionMode
 
 from ._running import as_it_is, evaluating, memory_of, tensors_in
 from ._swap_layers import OP, Layer
@@ -157,6 +159,22 @@ class Example:
 
         with _naming("before any layer was swapped"):
             self._of_model = [x.clone() for x in self._run(layers, keep, {}, None)]
+            self._refuse_read({name: module for name, module in layers.items() if name not in self.called})
+
+    def _refuse_read(self, silent: Mapping[str, nn.Module]) -> None:
+        """Raises if a Parameter of a layer that is not called is used all the same."""
+        owners = Counter(id(p) for module in self._model.modules() for p in module._parameters.values())
+        names = {id(p): name for name, module in silent.items() for p in module.parameters() if owners[id(p)] == 1}
+        if not names:
+            return
+        with _Reads(names) as reads:
+            self._run({}, None, {}, None)
+        for name in silent:
+            if name in reads.found:
+                raise ValueError(
+                    f"{OP}: the model reads the weight of layer {name!r} and never calls it, so a new layer there would do "
+                    "nothing; leave it out with where="
+                )
 
     def after(
         self, layers: Mapping[str, nn.Module], originals: Mapping[str, nn.Module], may_change: bool
@@ -223,6 +241,21 @@ class Example:
                 handle.remove()
             for module in others.values():
                 module.__dict__.pop("forward", None)
+
+
+class _Reads(TorchFunctionMode):
+    """Notes which of some tensors torch's functions make tensors of; names are by their ids."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self.names = names
+        self.found: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.found |= {self.names[id(x)] for x in tensors_in([args, kwargs or {}]) if id(x) in self.names}
+        return result
 
 
 @contextlib.contextmanager
