@@ -87,4 +87,6 @@ STABLE_TORCH_LIBRARY(fourfold, m) {
   m.def("_add_wide_(Tensor(a!) total, Tensor part) -> ()");
   m.def("_count_nonfinite(Tensor x) -> Tensor");
   m.def("_gram_(Tensor x, Tensor y, Tensor(a!) total) -> ()");
+  m.def("_image_spectra(Tensor x, Tensor pivot, Tensor(a!) spectra) -> ()");
+  m.def("_spectra_gram_(Tensor a, Tensor b, Tensor(a!) total, Tensor(b!)? sums) -> ()");
 }

@@ -198,6 +198,24 @@ def test_close_to_singular_is_decided_by_eigenvalues():
     assert frequencies._whiten((scatter + scatter.mH) / 2, n, spectra.sum(1)).ranks.tolist() == [3, 2]
 
 
+@pytest.mark.parametrize("pairs", [[("x", "y"), ("y", "z")], [("x", "x"), ("x", "y"), ("x", "z"), ("y", "z")]])
+@pytest.mark.parametrize("size", [(6, 5), (8, 8), (1, 17), (4, 160)], ids=str)
+@pytest.mark.parametrize(("precision", "tolerance"), [("high", 1e-12), ("fast", 1e-4)])
+def test_ops_and_products_add_up_the_same(monkeypatch, size, pairs, precision, tolerance):
+    """However large and wide the layers are."""
+    layers = {name: randn(20, c, *size, seed=c) + c for name, c in (("x", 5), ("y", 3), ("z", 9))}
+    widths = {name: x.shape[1] for name, x in layers.items()}
+    found = []
+    for width in (0, 512):
+        monkeypatch.setattr(frequencies, "_OPS_WIDTH", width)
+        monkeypatch.setattr(frequencies, "_OPS_SIDE", 161)
+        state = Frequencies(widths, size, pairs, torch.device("cpu"), precision)
+        state.update(layers)
+        found.append(state.tensors())
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
+
+
 def test_fast_precision():
     x, y = images(300, 4, 3, (8, 6))
     x, y = x + 50, y - 50

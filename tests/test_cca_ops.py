@@ -309,7 +309,7 @@ def gram_refusals() -> list[Refusal]:
 COUNTS = {"keeps_nan_in_its_place": "counts it; test_counts_each_kind looks at that"}
 
 #: What is made of these ops and torch's; tested in test_cca.py and test_cca_dft.py.
-COMPOSITES = ("cca", "svcca", "pwcca", "cka", "procrustes", "rv", "dft_cca")
+COMPOSITES = ("cca", "svcca", "pwcca", "cka", "cka_matrix", "procrustes", "rv", "dft_cca")
 
 OPS = (
     Op(

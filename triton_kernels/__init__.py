@@ -2,7 +2,7 @@
 
 from . import blockdct, cca, coordconv, maskmm
 from .blockdct import dct_normalize
-from .cca import add_wide, count_nonfinite, gram, pack_samples
+from .cca import add_wide, count_nonfinite, gram, image_spectra, pack_samples, spectra_gram
 from .coordconv import add_map, batch_sum, coord_tables, coord_tables_backward
 from .maskmm import (
     apply_mask,
@@ -41,6 +41,7 @@ __all__ = [
     "count_nonfinite",
     "dct_normalize",
     "gram",
+    "image_spectra",
     "mask_gradients",
     "masked_dots",
     "masked_linear",
@@ -48,6 +49,7 @@ __all__ = [
     "pack_mask",
     "pack_samples",
     "sddmm",
+    "spectra_gram",
     "superpose",
     "task_linear",
     "task_linear_transposed",

@@ -1,4 +1,4 @@
-"""The ops underneath representation similarity in Triton: samples into panels, wide sums, a count, 16-bit Gram matrices.
+"""The ops underneath representation similarity in Triton: panels, wide sums, a count, 16-bit Gram matrices, spectra of images.
 
 x [N, C, S] of any strides is N * S samples of C features; sample n * S + s is x[n, :, s]. Sums never meet in atomics: programs
 write parts, and a second kernel adds these up in an order that depends on shapes only.
@@ -34,11 +34,16 @@ PROGRAMS = {BLOCK: (256, 2), SMALL: (512, 1)}
 # Elements of a copy in another order, for what lies in memory so that it can only be read two bytes at a time.
 REPACKED = 1 << 25
 
+# Spectra: frequencies of one image by images, and channels by channels of a product over so many samples at a time.
+FREQUENCIES, IMAGES = 32, 32
+SPECTRA, STEP = 64, 8
+
 OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 PRODUCT = {
     BLOCK: {"num_warps": 8, "num_stages": 4, "enable_fp_fusion": True},
     SMALL: {"num_warps": 4, "num_stages": 4, "enable_fp_fusion": True},
 }
+SPECTRA_PRODUCT = {"num_warps": 8, "enable_fp_fusion": True}
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # The exponent's bits, all set in NaN and Inf alone, and the integer that holds them.
@@ -573,6 +578,172 @@ def gram(x: Tensor, y: Tensor, total: Tensor) -> None:
         _add_gram(x.narrow(axis, first, count), y.narrow(axis, first, count), same, total)
 
 
+# ---- spectra of images -----------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["rows", "C", "h", "w", "stride_frequency", "stride_part", "stride_sample"])
+def _sort_spectra_kernel(
+    transformed,  # [rows, h, w // 2 + 1, 2] of all samples' channels: real and imaginary parts
+    spectra,  # [F, 2, n, C]
+    rows, C, h, w, stride_frequency, stride_part, stride_sample,
+    FREQUENCIES: tl.constexpr,
+    IMAGES: tl.constexpr,
+):  # fmt: skip
+    """Conjugated, and sorted by frequency: one of each pair of conjugate ones, by columns, (k, l) and (-k, l) side by side."""
+    across = w // 2 + 1
+    place = tl.program_id(1) * FREQUENCIES + tl.arange(0, FREQUENCIES)
+    image = tl.program_id(0) * IMAGES + tl.arange(0, IMAGES)
+    k, column = place // across, place % across
+    own = (2 * column) % w == 0  # (-k, l) is the conjugate of (k, l)
+    singles = 2 - h % 2
+    second = k > (h - 1) // 2
+    step = tl.where(own, 1, 2)
+    within = singles + (tl.minimum(k, h - k) - 1) * step + tl.where(second, step - 1, 0)
+    within = tl.where(2 * k == h, 1, tl.where(k == 0, 0, within))
+    alone = (k == 0) | (2 * k == h)
+    # The first column is as long as its half, the others in front of this one are whole.
+    frequency = tl.where(column == 0, within, h // 2 + 1 + (column - 1) * h + within)
+    known = (place < h * across) & (alone | (own != 1) | (second != 1))
+    inside = known[:, None] & (image < rows)[None, :]
+    source = (image.to(tl.int64) * (h * across))[None, :] + place[:, None]
+    real = tl.load(transformed + 2 * source, mask=inside, other=0)
+    imaginary = -tl.load(transformed + 2 * source + 1, mask=inside, other=0)
+    imaginary = tl.where((alone & own)[:, None], 0.0, imaginary)
+    to = frequency.to(tl.int64)[:, None] * stride_frequency
+    to += ((image // C).to(tl.int64) * stride_sample + image % C)[None, :]
+    tl.store(spectra + to, real, mask=inside)
+    tl.store(spectra + to + stride_part, imaginary, mask=inside)
+
+
+def image_spectra(x: Tensor, pivot: Tensor, spectra: Tensor) -> None:
+    """The op fourfold::_image_spectra for CUDA tensors: spectra [F, 2, n, c] = those of x [n, c, h, w] - pivot [c, h, w].
+
+    Real and imaginary parts of the conjugate of its DFT, at one of each pair of conjugate frequencies. The transform is
+    cuFFT's, in the type of spectra.
+    """
+    op = "_image_spectra"
+    ok = x.dim() == 4 and x.dtype in FLOATS and x.shape[2] > 0 and x.shape[3] > 0
+    _require(ok, f"{op}: x must be a floating [n, c, h, w] with pixels, got {x.dtype} {tuple(x.shape)}")
+    n, c, h, w = x.shape
+    ok = pivot.shape == (c, h, w) and pivot.dtype == torch.float64 and pivot.device == x.device
+    _require(ok, f"{op}: pivot must be torch.float64 {(c, h, w)} on {x.device}, got {pivot.dtype} {tuple(pivot.shape)}")
+    shape = (h * w + (2 - h % 2) * (2 - w % 2)) // 2, 2, n, c
+    ok = spectra.shape == shape and spectra.dtype in (torch.float32, torch.float64) and spectra.device == x.device
+    ok = ok and (c <= 1 or spectra.stride(3) == 1)
+    what = f"{spectra.dtype} {tuple(spectra.shape)} on {spectra.device} with strides {spectra.stride()}"
+    _require(ok, f"{op}: spectra must be float32 or float64 {shape} on {x.device} with contiguous channels, got {what}")
+    _require(n * c < 2**31 - IMAGES, f"{op}: n * c must be below 2**31, got {n * c}")
+    if n * c == 0:
+        return
+    centred = (x.double() - pivot).to(spectra.dtype).contiguous()
+    transformed = torch.view_as_real(torch.fft.rfft2(centred).contiguous())
+    with torch.cuda.device_of(x):
+        _sort_spectra_kernel[triton.cdiv(n * c, IMAGES), triton.cdiv(h * (w // 2 + 1), FREQUENCIES)](
+            transformed,
+            spectra,
+            n * c,
+            c,
+            h,
+            w,
+            *spectra.stride()[:3],
+            FREQUENCIES=FREQUENCIES,
+            IMAGES=IMAGES,
+            **OPTIONS,
+        )
+
+
+_SPECTRA_SIZES = [
+    "n", "C1", "C2", "a_frequency", "a_part", "a_sample", "b_frequency", "b_part", "b_sample", "stride_frequency", "stride_row"
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SPECTRA_SIZES)
+def _spectra_gram_kernel(
+    a,  # [F, 2, n, C1]
+    b,  # [F, 2, n, C2]
+    total,  # [F, C1, C2]
+    sums,  # [F, C1, 2] or None
+    n, C1, C2, a_frequency, a_part, a_sample, b_frequency, b_part, b_sample, stride_frequency, stride_row,
+    SPECTRA: tl.constexpr,
+    STEP: tl.constexpr,
+):  # fmt: skip
+    frequency = tl.program_id(0).to(tl.int64)
+    i, j = tl.program_id(1), tl.program_id(2)
+    row = i * SPECTRA + tl.arange(0, SPECTRA)
+    column = j * SPECTRA + tl.arange(0, SPECTRA)
+    a += frequency * a_frequency
+    b += frequency * b_frequency
+    wide = tl.zeros([SPECTRA, SPECTRA], tl.float64)
+    real_sum = tl.zeros([SPECTRA], tl.float64)
+    imaginary_sum = tl.zeros([SPECTRA], tl.float64)
+    for first in range(0, n, STEP):
+        sample = first + tl.arange(0, STEP)
+        known = (sample < n)[:, None]
+        left = a + (sample.to(tl.int64) * a_sample)[:, None] + row[None, :]
+        right = b + (sample.to(tl.int64) * b_sample)[:, None] + column[None, :]
+        left_known, right_known = known & (row < C1)[None, :], known & (column < C2)[None, :]
+        real = tl.load(right, mask=right_known, other=0)
+        imaginary = tl.load(right + b_part, mask=right_known, other=0)
+        factor = tl.load(left, mask=left_known, other=0)
+        wide += tl.dot(tl.trans(factor), real + imaginary, input_precision="ieee", out_dtype=factor.dtype)
+        if sums is not None:
+            real_sum += tl.sum(factor.to(tl.float64), 0)
+        factor = tl.load(left + a_part, mask=left_known, other=0)
+        wide += tl.dot(tl.trans(factor), imaginary - real, input_precision="ieee", out_dtype=factor.dtype)
+        if sums is not None:
+            imaginary_sum += tl.sum(factor.to(tl.float64), 0)
+    place = total + frequency * stride_frequency + row.to(tl.int64)[:, None] * stride_row + column[None, :]
+    inside = (row < C1)[:, None] & (column < C2)[None, :]
+    tl.store(place, tl.load(place, mask=inside, other=0) + wide, mask=inside)
+    if sums is not None:
+        place = sums + 2 * (frequency * C1 + row)
+        first_column = row < tl.where(j == 0, C1, 0)
+        tl.store(place, tl.load(place, mask=first_column, other=0) + real_sum, mask=first_column)
+        tl.store(place + 1, tl.load(place + 1, mask=first_column, other=0) + imaginary_sum, mask=first_column)
+
+
+def spectra_gram(a: Tensor, b: Tensor, total: Tensor, sums: Tensor | None) -> None:
+    """The op fourfold::_spectra_gram_ for CUDA tensors: total [F, c1, c2] += real plus imaginary part of conj(a) b^T.
+
+    Summed over all samples of a [F, 2, n, c1] and b [F, 2, n, c2], both float32 or float64; sums [F, c1, 2] += those of a.
+    """
+    op = "_spectra_gram_"
+    ok = a.dim() == 4 and a.shape[1] == 2 and a.dtype in (torch.float32, torch.float64)
+    _require(ok, f"{op}: a must be float32 or float64 [F, 2, n, c], got {a.dtype} {tuple(a.shape)}")
+    (frequencies, _, n, rows), columns = a.shape, b.shape[-1]
+    ok = b.shape == (frequencies, 2, n, columns) and b.dtype == a.dtype and b.device == a.device
+    _require(ok, f"{op}: b must be {a.dtype} [{frequencies}, 2, {n}, c] on {a.device}, got {b.dtype} {tuple(b.shape)}")
+    ok = total.shape == (frequencies, rows, columns) and total.dtype == torch.float64 and total.device == a.device
+    ok = ok and (columns <= 1 or total.stride(2) == 1)
+    what = f"{total.dtype} {tuple(total.shape)} on {total.device} with strides {total.stride()}"
+    _require(ok, f"{op}: total must be torch.float64 {(frequencies, rows, columns)} with contiguous rows, got {what}")
+    if sums is not None:
+        ok = sums.shape == (frequencies, rows, 2) and sums.dtype == torch.float64 and sums.device == a.device
+        what = f"{sums.dtype} {tuple(sums.shape)} on {sums.device} with strides {sums.stride()}"
+        ok = ok and sums.is_contiguous()
+        _require(ok, f"{op}: sums must be contiguous torch.float64 {(frequencies, rows, 2)} on {a.device}, got {what}")
+    if a.numel() == 0:
+        return
+    a, b = (t if t.shape[3] <= 1 or t.stride(3) == 1 else t.contiguous() for t in (a, b))
+    # Sums are the first column's of programs; without a column there is still one for them.
+    with torch.cuda.device_of(a):
+        _spectra_gram_kernel[frequencies, triton.cdiv(rows, SPECTRA), max(1, triton.cdiv(columns, SPECTRA))](
+            a,
+            b,
+            total,
+            sums,
+            n,
+            rows,
+            columns,
+            *a.stride()[:3],
+            *b.stride()[:3],
+            *total.stride()[:2],
+            SPECTRA=SPECTRA,
+            STEP=STEP,
+            **SPECTRA_PRODUCT,
+        )
+
+
 # ---- checks: what keeps kernels inside their buffers; the public functions have checked all of it with better words ---
 
 
@@ -648,6 +819,17 @@ def _compiled_sums(same: bool, block: int) -> tuple[Any, ...]:
     return _compiled(_add_gram_parts_kernel, {"parts": "*fp64", "total": "*fp64"}, constants, OPTIONS)
 
 
+def _compiled_spectra(dtype: str, index: str) -> tuple[Any, ...]:
+    constants = {"FREQUENCIES": FREQUENCIES, "IMAGES": IMAGES}
+    return _compiled(_sort_spectra_kernel, {"transformed": dtype, "spectra": dtype}, constants, OPTIONS, index)
+
+
+def _compiled_spectra_gram(dtype: str, sums: bool, index: str) -> tuple[Any, ...]:
+    pointers = {"a": dtype, "b": dtype, "total": "*fp64", "sums": "*fp64"}
+    constants = {"SPECTRA": SPECTRA, "STEP": STEP} | ({} if sums else {"sums": None})
+    return _compiled(_spectra_gram_kernel, pointers, constants, SPECTRA_PRODUCT, index)
+
+
 _PARTS = {**dict.fromkeys(("columns", "rows", "squares", "sums"), "*fp64"), "norms": "*fp32"}
 
 #: (kernel, signature, constants, options): what CI compiles for every supported architecture.
@@ -665,4 +847,9 @@ COMPILED = [
     _compiled_gram("*fp16", ("channel", "sample"), (8, 4), False, SMALL, wide=True),
     _compiled_sums(True, BLOCK),
     _compiled_sums(False, SMALL),
+    _compiled_spectra("*fp64", "i32"),
+    _compiled_spectra("*fp32", "i64"),
+    _compiled_spectra_gram("*fp64", True, "i32"),
+    _compiled_spectra_gram("*fp32", True, "i64"),
+    _compiled_spectra_gram("*fp64", False, "i64"),
 ]

@@ -22,6 +22,7 @@ from .ops.blockdct_domain import dct_crop, dct_downscale2, dct_flip, dct_rot90
 from .ops.blockdct_rgb import dct_to_rgb, rgb_to_dct
 from .ops.cca import CCAResult, cca, cka, procrustes, pwcca, rv, svcca
 from .ops.cca_dft import dft_cca
+from .ops.cca_matrix import cka_matrix
 from .ops.cca_streaming import Similarity, StreamingCCA
 from .ops.coordconv import add_coords, coord_conv1d, coord_conv2d, coord_conv3d, coord_conv_transpose2d
 from .ops.maskmm import (
@@ -59,6 +60,7 @@ __all__ = [
     "build_info",
     "cca",
     "cka",
+    "cka_matrix",
     "compare",
     "compat",
     "compress",

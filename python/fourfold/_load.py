@@ -46,6 +46,8 @@ TRITON_OPS = (
     "_add_wide_",
     "_count_nonfinite",
     "_gram_",
+    "_image_spectra",
+    "_spectra_gram_",
 )
 
 #: What is missing here: {"jpeg", or where there is a GPU "cuda" or "triton" implementations of ops: reason and remedy}.

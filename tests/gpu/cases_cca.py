@@ -1,4 +1,4 @@
-"""Representation similarity and the four ops underneath: what tests/gpu/check.py checks and measures."""
+"""Representation similarity and the ops underneath: what tests/gpu/check.py checks and measures."""
 
 import functools
 import itertools
@@ -21,8 +21,8 @@ from gpu.harness import (
     rotation,
 )
 
-OPS = "_pack_samples, _add_wide_, _count_nonfinite, _gram_"
-FUNCTIONS = "cca, svcca, pwcca, cka, procrustes, rv, dft_cca, StreamingCCA"
+OPS = "_pack_samples, _add_wide_, _count_nonfinite, _gram_, _image_spectra, _spectra_gram_"
+FUNCTIONS = "cca, svcca, pwcca, cka, cka_matrix, procrustes, rv, dft_cca, StreamingCCA"
 HALVES = (torch.bfloat16, torch.float16)
 WIDE = (torch.float64, torch.float32)
 # Images, channels_last, samples innermost but one after the other, with gaps, and rows of odd length.
@@ -145,6 +145,56 @@ def nothing_to_multiply(ops, device):
         assert bool((total == 1).all())
 
 
+# N, C, H, W: odd and even sizes, sides of 1 and 2, more images than a program takes
+IMAGES = ((3, 2, 4, 6), (1, 5, 5, 3), (2, 3, 1, 7), (4, 1, 6, 1), (2, 2, 2, 2), (0, 3, 4, 4), (2, 0, 4, 4), (5, 9, 3, 8))
+MORE_IMAGES = ((40, 70, 32, 32), (9, 130, 17, 15))
+
+
+def spectra_match(ops, dtype, device, shapes=IMAGES, styles=STYLES[:2]):
+    """Into some samples and channels of a larger tensor, of which nothing else may change."""
+    torch.manual_seed(7)
+    for (n, c, h, w), style, wide in itertools.product(shapes, styles, WIDE):
+        what = f"{(n, c, h, w)} {style} {name_of(wide)}"
+        x = placed(torch.randn(n, c, h, w, dtype=torch.float64, device=device) + 3, dtype, style, math.nan)[1]
+        pivot = torch.randn(c, h, w, dtype=torch.float64, device=device) + 3
+        frequencies = len(reference.half_plane(h, w))
+        memory = torch.full((frequencies, 2, n + 2, c + 3), SENTINEL, dtype=wide, device=device)
+        spectra = memory[:, :, 1:-1, 1 : c + 1]
+        exact = torch.zeros(frequencies, 2, n, c, dtype=torch.float64, device=device)
+        reference.image_spectra(x, pivot, exact)
+        results = []
+        for _ in range(2):
+            ops._image_spectra(x, pivot, spectra)
+            results.append(spectra.clone())
+        assert_close(results[0], exact, what)
+        assert torch.equal(*results), f"not the same twice: {what}"
+        assert_only_written(memory, spectra, SENTINEL)
+
+
+# F, n, channels
+SPECTRA_GRAMS = ((2, 5, 7, 9), (1, 1, 1, 1), (3, 20, 17, 33), (1, 0, 3, 4), (0, 4, 3, 4), (2, 4, 3, 0), (2, 4, 0, 3))
+MORE_SPECTRA_GRAMS = ((17, 130, 64, 64), (5, 100, 200, 70))
+
+
+def spectra_grams_match(ops, dtype, device, shapes=SPECTRA_GRAMS):
+    """Of eighths, whose sums are exact in float32 too; with the sums and without."""
+    torch.manual_seed(8)
+    for (f, n, rows, columns), style, with_sums in itertools.product(shapes, ("contiguous", "strided"), (True, False)):
+        what = f"{(f, n, rows, columns)} {style} {with_sums}"
+        a, b = (
+            placed(torch.randint(-24, 25, (f, 2, n, c), device=device) / 8, dtype, style, math.nan)[1] for c in (rows, columns)
+        )
+        start = torch.randint(-9, 9, (f, rows, columns), device=device).double()
+        exact, exact_sums = start.clone(), torch.ones(f, rows, 2, dtype=torch.float64, device=device)
+        sums = exact_sums.clone()
+        reference.spectra_gram_(a, b, exact, exact_sums if with_sums else None)
+        memory, total = placed(start, torch.float64, "unaligned", SENTINEL)
+        ops._spectra_gram_(a, b, total, sums if with_sums else None)
+        assert torch.equal(total, exact), f"{what}: off by {(total - exact).abs().max().item()}"
+        assert torch.equal(sums, exact_sums), f"sums: {what}"
+        assert_only_written(memory, total, SENTINEL)
+
+
 def example(device):
     torch.manual_seed(5)
     return torch.randn(4, 24, 48, device=device).to(torch.bfloat16)
@@ -159,7 +209,12 @@ def every_op(x):
     ops._pack_samples(x, torch.ones(c, dtype=torch.float64, device=x.device), 0, panel, sums, norms)
     ops._gram_(x, x, total)
     ops._add_wide_(total, panel[:c])
-    return [panel, norms, sums, total, ops._count_nonfinite(x)]
+    images = x.unflatten(2, (6, 8))
+    spectra = torch.empty(26, 2, x.shape[0], c, dtype=torch.float64, device=x.device)
+    ops._image_spectra(images.nan_to_num(posinf=0), torch.ones(c, 6, 8, dtype=torch.float64, device=x.device), spectra)
+    products, moments = (torch.zeros(26, c, size, dtype=torch.float64, device=x.device) for size in (c, 2))
+    ops._spectra_gram_(spectra, spectra, products, moments)
+    return [panel, norms, sums, total, products, moments, ops._count_nonfinite(x)]
 
 
 def assert_same(results, expected):
@@ -292,6 +347,8 @@ def functions_match(device):
         "cka": ff.cka,
         "cka rbf": lambda x, y: ff.cka(x, y, kernel="rbf"),
         "cka unbiased": lambda x, y: ff.cka(x, y, unbiased=True),
+        "cka_matrix": lambda x, y: ff.cka_matrix({"x": x, "y": y}).matrix,
+        "cka_matrix of few samples": lambda x, y: ff.cka_matrix({"x": x[:50], "y": y[:50]}, unbiased=True).matrix,
         "procrustes": ff.procrustes,
         "rv": ff.rv,
         "dft_cca": lambda x, y: ff.dft_cca(*(t[:, :8].reshape(450, 4, 2, 2) for t in (x, y))),
@@ -393,6 +450,27 @@ CHECKS = [
         for dtype in HALVES
     ),
     Check("_gram_", "empty", lambda device: nothing_to_multiply(torch.ops.fourfold, device)),
+    *(
+        Check("_image_spectra", name_of(dtype), lambda device, dtype=dtype: spectra_match(torch.ops.fourfold, dtype, device))
+        for dtype in DTYPES
+    ),
+    Check(
+        "_image_spectra",
+        "float32 larger",
+        lambda device: spectra_match(torch.ops.fourfold, torch.float32, device, MORE_IMAGES),
+        hot=True,
+    ),
+    *(
+        Check(
+            "_spectra_gram_",
+            name_of(dtype),
+            lambda device, dtype=dtype: spectra_grams_match(
+                torch.ops.fourfold, dtype, device, SPECTRA_GRAMS + MORE_SPECTRA_GRAMS
+            ),
+            hot=True,
+        )
+        for dtype in WIDE
+    ),
     Check(OPS, "stream", streamed),
     Check(OPS, "CUDA graph", captured),
     Check(OPS, "no synchronisation", unsynchronised),
@@ -531,6 +609,43 @@ def add_wide_contest(device, small):
     return Contest(inputs, 20 * part.numel(), ours, {"add_": eager}, 0.0)
 
 
+def spectra_contest(wide, device, small):
+    """Of images of 64 channels; what is compared is one frequency."""
+    n, c, side = (4, 8, 6) if small else (128, 64, 32)
+    x = torch.randn(n, c, side, side, device=device)
+    pivot = torch.randn(c, side, side, dtype=torch.float64, device=device)
+    spectra = torch.empty(side * side // 2 + 2, 2, n, c, dtype=wide, device=device)
+    moved = 4 * x.numel() + spectra.numel() * wide.itemsize
+    inputs = [x, *(x.clone() for _ in range(rotation(moved, device) - 1))]
+
+    def ours(x):
+        torch.ops.fourfold._image_spectra(x, pivot, spectra)
+        return spectra[side // 2 + 1]  # k = 0, l = 1, after the first column
+
+    def eager(x):
+        transformed = torch.fft.rfft2((x - pivot).to(wide)).flatten(2).permute(2, 0, 1)
+        return torch.stack([transformed.real, -transformed.imag], 1)[1]
+
+    return Contest(inputs, moved, ours, {"rfft2 and a transposition": eager}, 1e-4)
+
+
+def spectra_gram_contest(wide, device, small):
+    frequencies, n, c = (6, 20, 16) if small else (514, 128, 128)
+    a = torch.randn(frequencies, 2, n, c, device=device).to(wide)
+    inputs = [a, *(a.clone() for _ in range(2))]
+
+    def ours(a):
+        total = torch.zeros(frequencies, c, c, dtype=torch.float64, device=device)
+        torch.ops.fourfold._spectra_gram_(a, a, total, None)
+        return total
+
+    def eager(a):
+        turned = torch.stack([a[:, 0] + a[:, 1], a[:, 1] - a[:, 0]], 1)
+        return torch.bmm(a.flatten(1, 2).mT, turned.flatten(1, 2)).double()
+
+    return Contest(inputs, None, ours, {"bmm": eager}, 1e-4)
+
+
 def all_pairs_contest(method, precision, device, small):
     """20 layers of 256 at once, on 10,000 samples, against one Gram matrix in float64 and batched decompositions in torch."""
     count, d, n = (3, 16, 200) if small else (20, 256, 10000)
@@ -627,6 +742,8 @@ SPEEDS = [
     speed("_pack_samples", "bfloat16 28x28 512 to float64", pack_contest, "28x28 512", BF16, False, F64, hot=True),
     speed("_count_nonfinite", "bfloat16 2**26", count_contest, BF16, hot=True),
     speed("_add_wide_", "float32 4096²", add_wide_contest, hot=True),
+    speed("_image_spectra", "128 images 32x32 64 to float64", spectra_contest, F64, hot=True),
+    speed("_spectra_gram_", "514 frequencies, 128 channels, float64", spectra_gram_contest, F64, hot=True),
     *(
         speed("_gram_", f"{name_of(dtype)} {layer}{', last' * last}{', x y' * cross}", gram_contest, layer, dtype, last, cross)
         for layer, dtype, last, cross in itertools.product(LAYERS, HALVES, (False, True), (False, True))
@@ -649,4 +766,6 @@ SPEEDS = [
         if (layer, d, last, wide) != ("28x28 512", BF16, False, F64)
     ),
     speed("_count_nonfinite", "float32 2**26", count_contest, F32),
+    speed("_image_spectra", "128 images 32x32 64 to float32", spectra_contest, F32),
+    speed("_spectra_gram_", "514 frequencies, 128 channels, float32", spectra_gram_contest, F32),
 ]

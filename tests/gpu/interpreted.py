@@ -372,7 +372,10 @@ def test_refusals_of_maskmm(op, given, words):
 # ---- cca ----
 
 CCA = types.SimpleNamespace(
-    **{name: getattr(triton_kernels, name.strip("_")) for name in ("_pack_samples", "_add_wide_", "_count_nonfinite", "_gram_")}
+    **{
+        name: getattr(triton_kernels, name.strip("_"))
+        for name in ("_pack_samples", "_add_wide_", "_count_nonfinite", "_gram_", "_image_spectra", "_spectra_gram_")
+    }
 )
 
 
@@ -427,6 +430,20 @@ def test_gram_of_nothing():
     cca.nothing_to_multiply(CCA, CPU)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=cca.name_of)
+def test_image_spectra(dtype):
+    cca.spectra_match(CCA, dtype, CPU, cca.IMAGES if dtype == torch.float32 else cca.IMAGES[:2])
+    if dtype == torch.float32:
+        cca.spectra_match(CCA, dtype, CPU, ((3, 12, 9, 8),), cca.STYLES[:1])  # several programs each way
+
+
+@pytest.mark.parametrize("dtype", cca.WIDE, ids=cca.name_of)
+def test_spectra_gram(dtype, monkeypatch):
+    cca.spectra_grams_match(CCA, dtype, CPU, cca.SPECTRA_GRAMS)
+    monkeypatch.setattr(cca_kernels, "SPECTRA", 16)
+    cca.spectra_grams_match(CCA, dtype, CPU, cca.SPECTRA_GRAMS[2:3])
+
+
 def test_wide_indices_of_cca(small_tiles, monkeypatch):
     """Those of tensors with more than 2**31 elements, and a copy of what is not aligned in parts, on small ones."""
     monkeypatch.setattr(cca_kernels, "_is_wide", lambda elements: elements > 0)
@@ -441,6 +458,9 @@ HALF = X.bfloat16()
 WIDE_3 = torch.zeros(3, dtype=torch.float64)
 PACKED = (X, WIDE_3, 0, torch.zeros(4, 3), torch.zeros(4, dtype=torch.float64), torch.zeros(4))
 TOTAL = torch.zeros(3, 3, dtype=torch.float64)
+IMAGES = (torch.zeros(4, 3, 2, 5), torch.zeros(3, 2, 5, dtype=torch.float64), torch.zeros(6, 2, 4, 3))
+PARTS = torch.zeros(6, 2, 4, 3)
+PRODUCTS = (PARTS, PARTS, torch.zeros(6, 3, 3, dtype=torch.float64), torch.zeros(6, 3, 2, dtype=torch.float64))
 
 
 def changed(given, place, value):
@@ -468,6 +488,24 @@ def changed(given, place, value):
         ("_gram_", (HALF, HALF[:1], TOTAL), "x .* and y .* of the same N and S"),
         ("_gram_", (HALF, HALF[:, :2], TOTAL), r"total must be torch.float64 \(3, 2\)"),
         ("_gram_", (HALF, HALF, TOTAL.float()), r"total must be torch.float64 \(3, 3\)"),
+        (
+            "_image_spectra",
+            changed(IMAGES, 0, IMAGES[0].int()),
+            r"x must be a floating \[n, c, h, w\] with pixels, got torch.int32",
+        ),
+        ("_image_spectra", changed(IMAGES, 0, IMAGES[0][0]), r"x must be a floating \[n, c, h, w\]"),
+        ("_image_spectra", changed(IMAGES, 0, IMAGES[0][..., :0]), "x must be a floating .* with pixels"),
+        ("_image_spectra", changed(IMAGES, 1, IMAGES[1].float()), r"pivot must be torch.float64 \(3, 2, 5\)"),
+        ("_image_spectra", changed(IMAGES, 2, PARTS[1:]), r"spectra must be float32 or float64 \(6, 2, 4, 3\)"),
+        ("_image_spectra", changed(IMAGES, 2, PARTS.half()), "spectra must be float32 or float64"),
+        ("_image_spectra", changed(IMAGES, 2, torch.zeros(6, 2, 3, 4).mT), "spectra must be .* with contiguous channels"),
+        ("_spectra_gram_", changed(PRODUCTS, 0, PARTS.half()), r"a must be float32 or float64 \[F, 2, n, c\]"),
+        ("_spectra_gram_", changed(PRODUCTS, 0, PARTS[:, 1:]), r"a must be float32 or float64 \[F, 2, n, c\]"),
+        ("_spectra_gram_", changed(PRODUCTS, 1, PARTS.double()), r"b must be torch.float32 \[6, 2, 4, c\]"),
+        ("_spectra_gram_", changed(PRODUCTS, 1, PARTS[:, :, 1:]), r"b must be torch.float32 \[6, 2, 4, c\]"),
+        ("_spectra_gram_", changed(PRODUCTS, 2, PRODUCTS[2].mT), r"total must be torch.float64 .* contiguous rows"),
+        ("_spectra_gram_", changed(PRODUCTS, 2, PRODUCTS[2].float()), r"total must be torch.float64 \(6, 3, 3\)"),
+        ("_spectra_gram_", changed(PRODUCTS, 3, PRODUCTS[3].float()), r"sums must be contiguous torch.float64 \(6, 3, 2\)"),
     ],
 )
 def test_refusals_of_cca(op, given, words):

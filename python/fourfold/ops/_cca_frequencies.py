@@ -1,7 +1,8 @@
 """Sufficient statistics of image-shaped layers per spatial frequency, in float64 around a pivot: what conv="dft" adds up.
 
-Images are real, so of each pair of frequencies that are conjugates of each other only one is computed. The transform is two
-products with matrices of cosines and sines, which leave the images sorted by frequency; an FFT would have to be transposed.
+Images are real, so of each pair of frequencies that are conjugates of each other only one is computed. Ops transform the images
+and multiply their spectra. Where images are large or have many channels, and for gradients, the transform is two products with
+matrices of cosines and sines, which leave the images sorted by frequency; an FFT would have to be transposed.
 
 A frequency's scatter is C = sum of conj(z) zᵀ over the samples z = r + i q [D]. Its real part is symmetric, its imaginary part
 antisymmetric, so the real matrix P = Re C + Im C holds both, and P = [r; q]ᵀ [r + q; q - r] is one real product.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import _similarity as similarity
+from ._cca_ops import _image_spectra, _spectra_gram_
 from ._cca_state import full_precision
 
 Name = Hashable
@@ -36,6 +38,8 @@ _LARGE_PRODUCT = 1 << 17
 _PART_BYTES = 1 << 22
 #: Height or width from which on an FFT and a transposition are faster than a product.
 _FFT_FROM = 80
+#: Where the ops are faster: height and width below this on a CPU, channels of all layers up to this, and enough frequencies.
+_OPS_SIDE, _OPS_WIDTH, _OPS_FREQUENCIES = 160, 512, 8
 
 
 class Grid:
@@ -189,12 +193,28 @@ class Frequencies:
         if self._transform is None:
             self._transform = Transform(self.grid, self.width, dtype, self.device)
         step = self._chunk(dtype)
+        by_ops = self.width <= _OPS_WIDTH and len(self.grid) >= _OPS_FREQUENCIES
+        by_ops = by_ops and (self.device.type != "cpu" or max(self.size) < _OPS_SIDE)
         with full_precision(), torch.autocast(self.device.type, enabled=False):
             for first in range(0, n, step):
-                self._transform.read([x[first : first + step] for x in images], self.pivots)
+                chunk = [x[first : first + step] for x in images]
+                if by_ops:
+                    self._update_by_ops(chunk, self.pivots, self._transform)
+                    continue
+                self._transform.read(chunk, self.pivots)
                 for where, z in self._transform.frequencies():
                     self._multiply(where, z, self._transform)
         self.n += n
+
+    def _update_by_ops(self, images: Sequence[Tensor], pivots: Sequence[Tensor], transform: "Transform") -> None:
+        spectra = transform.buffer("spectra", (len(self.grid), 2, len(images[0]), self.width))
+        for name, x, pivot in zip(self.names, images, pivots, strict=True):
+            _image_spectra(x, pivot, spectra[..., self._channels(name)])
+        whole = len(self.blocks) == 1
+        for rows, columns, total in self.blocks:
+            _spectra_gram_(spectra[..., rows], spectra[..., columns], total, self.sums if whole else None)
+        if not whole:
+            self.sums += spectra.sum(2, dtype=torch.float64).mT
 
     def _chunk(self, dtype: torch.dtype) -> int:
         """Samples that are transformed at once."""

@@ -47,6 +47,8 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "_add_wide_": cca_ops.add_wide_,
     "_count_nonfinite": cca_ops.count_nonfinite,
     "_gram_": cca_ops.gram_,
+    "_image_spectra": cca_ops.image_spectra,
+    "_spectra_gram_": cca_ops.spectra_gram_,
 }
 
 __all__ = [

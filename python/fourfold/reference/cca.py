@@ -6,7 +6,8 @@ SVCCA: Raghu et al., 2017, arXiv 1706.05806. PWCCA: Morcos et al., 2018, arXiv 1
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,6 +109,12 @@ def cka(x: Tensor, y: Tensor, *, kernel: str = "linear", unbiased: bool = False,
     """HSIC(x, y) / sqrt(HSIC(x, x) * HSIC(y, y))."""
     k_x, k_y = kernel_matrix(x, kernel, sigma), kernel_matrix(y, kernel, sigma)
     return hsic(k_x, k_y, unbiased) / (hsic(k_x, k_x, unbiased) * hsic(k_y, k_y, unbiased)).sqrt()
+
+
+def cka_matrix(layers: Mapping[Any, Tensor], other: Mapping[Any, Tensor] | None = None, *, unbiased: bool = False) -> Tensor:
+    """Linear cka of every layer with every one, or every one of other, each [n, ...]; NaN where a layer is constant."""
+    rows, columns = ([x.flatten(1) for x in found.values()] for found in (layers, layers if other is None else other))
+    return torch.stack([torch.stack([cka(x, y, unbiased=unbiased) for y in columns]) for x in rows])
 
 
 def procrustes(x: Tensor, y: Tensor) -> Tensor:

@@ -36,3 +36,33 @@ def count_nonfinite(x: Tensor) -> Tensor:
 def gram_(x: Tensor, y: Tensor, total: Tensor) -> None:
     """total += the sum over all samples of x y^T."""
     total += samples_of(x).T @ samples_of(y)
+
+
+def half_plane(h: int, w: int) -> list[tuple[int, int]]:
+    """One (k, l) of each pair of conjugate frequencies, column by column: those without a partner in the column come first."""
+    found = []
+    for l in range(w // 2 + 1):  # noqa: E741
+        found += [(k, l) for k in ([0, h // 2] if h % 2 == 0 else [0])]
+        for k in range(1, (h + 1) // 2):
+            found += [(k, l)] if 2 * l % w == 0 else [(k, l), (-k, l)]
+    return found
+
+
+def image_spectra(x: Tensor, pivot: Tensor, spectra: Tensor) -> None:
+    """spectra [F, 2, n, c] = real and imaginary parts of the conjugate of fft2 of x [n, c, h, w] - pivot, at half_plane."""
+    if not x.numel():
+        return
+    transformed = torch.fft.fft2(x.double() - pivot).conj()
+    kept = torch.stack([transformed[:, :, k, column] for k, column in half_plane(*x.shape[2:])])
+    spectra.copy_(torch.view_as_real(kept.resolve_conj()).permute(0, 3, 1, 2))
+
+
+def spectra_gram_(a: Tensor, b: Tensor, total: Tensor, sums: Tensor | None) -> None:
+    """total [F, c1, c2] += real plus imaginary part of the sum of conj(a) b^T over all samples; sums [F, c1, 2] += those of a.
+
+    a [F, 2, n, c1] and b [F, 2, n, c2] are real and imaginary parts.
+    """
+    a, b = a.double(), b.double()
+    total += a[:, 0].mT @ (b[:, 0] + b[:, 1]) + a[:, 1].mT @ (b[:, 1] - b[:, 0])
+    if sums is not None:
+        sums += a.sum(2).mT
