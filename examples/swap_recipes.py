@@ -105,7 +105,12 @@ def supermask(width: int) -> None:
     report = ff.swap(model, ff.recipes.supermask(sampler="topk", density=0.5), where=["0", "2"], example=torch.randn(64, width))
     cka = report.certificate["2"].cka
     after = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    show("`supermask(..)`", f"MLP {width}, half kept", f"{trained:,} trained", f"{after:,}; CKA with before {cka:.2f}")
+    show(
+        "`supermask(..)`",
+        f"MLP {width}, half kept",
+        f"{trained:,} weights trained",
+        f"{after:,} scores and biases; CKA with before {cka:.2f}",
+    )
 
 
 def dct_front_end(size: int, rounds: int) -> None:

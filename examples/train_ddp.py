@@ -6,7 +6,7 @@ DistributedDataParallel, or fully_shard (FSDP2) with --fsdp; on GPUs with NCCL, 
 is one process, and the same program. --checkpoint saves after each epoch and goes on from the last that the folder holds,
 whatever number of processes has saved it, and whichever of the two they used. A bright dot lies in one of four quarters of a
 noisy image: a convolution that knows where it is tells which, and half of the next one's random weights are enough to pass it
-on. The batch is 256 images, however many processes share it, so all of them print the same numbers.
+on. The batch is 256 images, of which each process takes its share, so any number of processes that divides 256 prints the same.
 """
 
 import argparse
@@ -119,6 +119,7 @@ def main() -> None:
     if first:
         how = "fully_shard" if args.fsdp else "DistributedDataParallel"
         print(f"{dist.get_world_size()} processes, {how}, {dist.get_backend()}")
+    del model, layers, optimizer  # DDP holds the group, and gloo's threads want Python when it goes: before the end, not at it
     dist.destroy_process_group()
 
 

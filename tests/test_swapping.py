@@ -970,7 +970,7 @@ def test_layers_with_nothing_or_nonsense_in_them() -> None:
         model = mlp(3, 3, 3)
         with torch.no_grad():
             model[0].weight[1, 1] = value
-        report = ff.swap(model, LINEAR, example=torch.ones(2, 3))
+        report = ff.swap(model, LINEAR, where="0", example=torch.ones(2, 3))
         assert report.certificate["0"].max_difference == 0 and math.isnan(report.certificate["0"].cka)
         model = mlp(3, 3)
         with torch.no_grad():
@@ -1139,6 +1139,76 @@ def test_a_layer_that_is_called_behind_the_models_back() -> None:
     hooked = build()
     hooked.a.register_forward_hook(lambda *_: None)
     assert_refused(message, hooked, LINEAR, example=torch.ones(2, 3))
+
+
+def test_examples_that_show_nothing() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    gelu: Any = {nn.ReLU: lambda _: nn.GELU()}
+    message = "swap: layer '1' gives no finite number for the example, so nothing can be compared; take others"
+    assert_refused(message, model, gelu, example=torch.full((2, 3), math.nan))
+    message = "swap: example must hold samples, got [(0, 3)]; nothing would be compared"
+    assert_refused(message, model, gelu, example=torch.ones(0, 3))
+
+
+def test_buffers_that_a_model_writes_are_put_back() -> None:
+    """In place or by another tensor; both runs begin with the same."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        self.count += 1
+        self.last = self.count * x.detach().mean()
+        return cast("Tensor", self.a(x) * self.count)
+
+    model = Runs(forward, a=nn.Linear(3, 3))
+    model.register_buffer("count", torch.zeros(()))
+    model.register_buffer("last", torch.zeros(()))
+    count, last = model.count, model.last
+    report = ff.swap(model, LINEAR, example=torch.ones(2, 3))
+    assert report.model_difference == 0
+    assert model.count is count and model.last is last
+    assert float(count) == float(last) == 0
+
+
+def test_recipes_that_share_or_write() -> None:
+    one = nn.Linear(3, 3)
+    gave = "gave a module that is also"
+    message = f"swap: the recipe for layer '1' (Linear) {gave} that for layer '0' (Linear); make a new one for each"
+    assert_refused(message, mlp(3, 3, 3), {nn.Linear: lambda _: one}, change_output=True, where=["0", "1"])
+    model = nn.Sequential(nn.Linear(3, 3), nn.Identity())
+    message = f"swap: the recipe for layer '0' (Linear) {gave} the model's '1'; make a new one for each"
+    assert_refused(message, model, {nn.Linear: lambda _: model[1]}, change_output=True)
+
+    def writes(linear: nn.Linear) -> nn.Linear:
+        with torch.no_grad():
+            linear.weight.mul_(1)
+        return copy.deepcopy(linear)
+
+    message = (
+        "swap: the recipe for layer '0' (Linear) writes into the layer's own tensors, which is not taken back; let it copy "
+        "what it changes"
+    )
+    assert_refused(message, model, {nn.Linear: writes})
+
+
+def test_arguments_that_are_not_what_they_should_be() -> None:
+    model = conv_net()
+    cases: list[tuple[str, dict[str, Any]]] = [
+        (
+            "swap: the recipe for Conv2d must be a function of the layer, got the class CoordConv2d; pass CoordConv2d.",
+            {"recipes": {nn.Conv2d: ff.nn.CoordConv2d}},
+        ),
+        ("swap: change_output must be a bool, got 'yes'", {"recipes": CONVS, "change_output": "yes"}),
+        ("swap: where must be a glob, a list of globs or a function", {"recipes": CONVS, "where": nn.Conv2d}),
+        (
+            "swap: where must be a function (name, module) -> bool; called so, it raised",
+            {"recipes": CONVS, "where": lambda n: n},
+        ),
+    ]
+    for message, arguments in cases:
+        with pytest.raises(TypeError) as caught:
+            ff.swap(model, **arguments)
+        assert str(caught.value).startswith(message)
+    with torch.inference_mode(), pytest.raises(ValueError, match="new parameters made in torch"):
+        ff.swap(model, CONVS)
 
 
 def test_a_layer_that_is_read_and_never_called() -> None:

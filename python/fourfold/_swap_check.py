@@ -141,6 +141,9 @@ class Example:
         given = list(tensors_in([self._args, self._kwargs]))
         if not given:
             raise TypeError(f"{OP}: example must hold a tensor, as the model takes it, got {type(example).__name__}")
+        if any(x.shape[:1] == (0,) for x in given):
+            shapes = [tuple(x.shape) for x in given]
+            raise ValueError(f"{OP}: example must hold samples, got {shapes}; nothing would be compared")
         if any(x.is_meta for x in given):
             raise ValueError(f"{OP}: example is on the meta device, where nothing can be compared; leave it out")
         self.called: set[str] = set()
@@ -155,7 +158,12 @@ class Example:
 
         def keep(name: str, output: Any) -> None:
             self.called.add(name)
-            self._outputs.setdefault(name, []).append([as_it_is(x.detach(), owned) for x in tensors_in(output)])
+            found = list(tensors_in(output))
+            if any(x.numel() for x in found) and not any(bool(x.isfinite().any()) for x in found):
+                raise ValueError(
+                    f"{OP}: layer {name!r} gives no finite number for the example, so nothing can be compared; take others"
+                )
+            self._outputs.setdefault(name, []).append([as_it_is(x.detach(), owned) for x in found])
 
         with _naming("before any layer was swapped"):
             self._of_model = [x.clone() for x in self._run(layers, keep, {}, None)]
@@ -233,7 +241,7 @@ class Example:
                 handles.append(module.register_forward_hook(hook))
             for name, module in others.items():  # whose hooks are those of the new layers by now
                 module.__dict__["forward"] = lambda *_a, name=name, **_k: call_other(name)
-            with evaluating(self._model), torch.no_grad(), keeping_random_state(self._model):
+            with evaluating(self._model), torch.no_grad(), keeping_random_state(self._model), _keeping_buffers(self._model):
                 args, kwargs = _copied(self._args), _copied(self._kwargs)  # a model may write into its inputs
                 return list(tensors_in(self._model(*args, **kwargs)))
         finally:
@@ -241,6 +249,20 @@ class Example:
                 handle.remove()
             for module in others.values():
                 module.__dict__.pop("forward", None)
+
+
+@contextlib.contextmanager
+def _keeping_buffers(model: nn.Module) -> Iterator[None]:
+    """Buffers that a forward pass writes or replaces are put back."""
+    owned = [(module._buffers, name, b) for module in model.modules() for name, b in module._buffers.items() if b is not None]
+    kept = [(b._version, b.clone()) for _, _, b in owned]
+    try:
+        yield
+    finally:
+        for (buffers, name, b), (version, value) in zip(owned, kept, strict=True):
+            buffers[name] = b
+            if b._version != version:
+                b.copy_(value)
 
 
 class _Reads(TorchFunctionMode):

@@ -39,7 +39,7 @@ def kind_of(module: nn.Module) -> type[nn.Module]:
     return parametrize.type_before_parametrizations(module)
 
 
-def check_arguments(model: Any, recipes: Any, where: Any) -> None:
+def check_arguments(model: Any, recipes: Any, where: Any, change_output: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{OP}: model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(recipes, Mapping):
@@ -54,7 +54,17 @@ def check_arguments(model: Any, recipes: Any, where: Any) -> None:
             raise TypeError(f"{OP}: the keys of recipes must be types of torch.nn.Module, got {kind!r}")
         if not callable(recipe):
             raise TypeError(f"{OP}: the recipe for {kind.__name__} must be a function of the layer, got {recipe!r}")
-    if not (where is None or callable(where) or isinstance(where, (str, list, tuple))):
+        made_by = [name for name in ("from_conv", "from_linear") if hasattr(recipe, name)]
+        if made_by:
+            raise TypeError(
+                f"{OP}: the recipe for {kind.__name__} must be a function of the layer, got the class {recipe.__name__}; pass "
+                f"{recipe.__name__}.{made_by[0]}"
+            )
+    if not isinstance(change_output, bool):
+        raise TypeError(f"{OP}: change_output must be a bool, got {change_output!r}")
+    if torch.is_inference_mode_enabled():
+        raise ValueError(f"{OP}: new parameters made in torch.inference_mode() could not be trained; call it outside")
+    if isinstance(where, type) or not (where is None or callable(where) or isinstance(where, (str, list, tuple))):
         raise TypeError(f"{OP}: where must be a glob, a list of globs or a function (name, module) -> bool, got {where!r}")
 
 
@@ -130,7 +140,10 @@ def choose(model: nn.Module, recipes: Mapping[type[nn.Module], Any], where: Any)
 
 
 def _wanted(where: Callable[[str, nn.Module], Any], layer: Layer) -> bool:
-    return any(bool(where(name, layer.module)) for name in layer.names)
+    try:
+        return any(bool(where(name, layer.module)) for name in layer.names)
+    except TypeError as error:
+        raise TypeError(f"{OP}: where must be a function (name, module) -> bool; called so, it raised {error}") from error
 
 
 def _names(layers: Sequence[Layer], recipes: Mapping[type[nn.Module], Any], where: Any) -> set[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from . import nn as layers
+from .nn.coordconv import _with_radius
 from .ops import _checks as check
 from .ops._coord_plan import CoordSpec
 from .ops.maskmm import check_density, topk_mask
@@ -32,7 +33,7 @@ def coord_conv(*, with_r: bool = False, spec: CoordSpec | None = None) -> Recipe
         with_r: also the radius channel.
         spec: which coordinates; default ``CoordSpec()``.
     """
-    layers.AddCoords(with_r=with_r, spec=spec)  # raises if they are not what they should be
+    _with_radius("recipes.coord_conv", spec, with_r)  # raises if they are not what they should be
     kinds: list[Any] = [layers.CoordConv1d, layers.CoordConv2d, layers.CoordConv3d, layers.CoordConvTranspose2d]
 
     def recipe(kind: Any) -> Recipe:
@@ -85,7 +86,10 @@ def supermask(
         eval_mask: "round", "sample" or "topk", in eval mode of "bernoulli".
     """
     options = {"sampler": sampler, "density": density, "rescale": rescale, "signed": signed, "eval_mask": eval_mask}
-    layers.SupermaskLinear(1, 1, device="meta", **options)  # type: ignore[arg-type]  # raises if they do not go together
+    try:
+        layers.SupermaskLinear(1, 1, device="meta", **options)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:  # options that do not go together
+        raise type(error)(str(error).replace("SupermaskLinear", "recipes.supermask", 1)) from None
 
     def recipe(layer: Any) -> nn.Module:
         new: Any

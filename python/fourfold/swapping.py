@@ -203,7 +203,7 @@ class SwapReport:
 
         Raises:
             ValueError: this was done before, another module stands in a layer's place by now, or a Parameter is no longer one
-                (as by pruning since); nothing has changed.
+                (as by pruning since) or is sharded; nothing has changed.
         """
         if self._undone:
             raise ValueError(f"{OP}: this swap has been undone already")
@@ -211,6 +211,10 @@ class SwapReport:
             if not each.stands():
                 raise ValueError(
                     f"{OP}: in the place of {each.layer} stands another module than swap put there; undo later changes first"
+                )
+            if any(hasattr(p, "device_mesh") for p in each.new.parameters()):
+                raise ValueError(
+                    f"{OP}: {each.layer} has been sharded since, with the new layer's parameters; undo before that"
                 )
             lost = each.lost()
             if lost is not None:
@@ -234,12 +238,13 @@ def swap(
 
     Args:
         model: any module; a compiled or sharded one, or one wrapped for data parallel, is refused.
-        recipes: {type: function of the layer -> new layer} for layers whose type is exactly the key. A function may return the
-            layer itself, or :class:`Left`, to leave it as it is.
+        recipes: {type: function of the layer -> new layer} for layers whose type is exactly the key. A function must not write
+            into the layer; it may return the layer itself, or :class:`Left`, to leave it as it is.
         where: which of these layers: a glob on dotted names (``*`` within one component, ``**`` across), a list of globs, or
             a function (name, module) -> bool. A layer with several names is chosen by any of them. None: all.
-        example: inputs of the model: a tensor, a tuple of positional or a dict of keyword arguments. The model runs on it
-            before and after, in eval mode, and the report certifies each layer: largest output difference and linear CKA.
+        example: inputs of the model: a tensor, a tuple or list of positional or a dict of keyword arguments. The model runs on
+            it before and after, in eval mode, and the report certifies each layer: largest output difference and linear CKA.
+            Buffers that it writes are put back; a model must keep no other state between runs.
         change_output: allow recipes after which a layer computes something else. Recipes that cannot do without, as
             ``fourfold.recipes.supermask``, ask for it themselves. Without it every new layer is run beside the old one on a
             random input (of layers other than Linear, Conv and ConvTranspose only the example can tell), and a difference
@@ -254,13 +259,14 @@ def swap(
             new one would not; a recipe fails, unties a tied weight or changes an output unasked. The layer is named, and the
             model is as it was.
     """
-    check_arguments(model, recipes, where)
+    check_arguments(model, recipes, where, change_output)
     refuse_wrapped(model)
     run = None if example is None else Example(model, example)
     chosen, related = choose(model, recipes, where)
     refuse(chosen)
     known = {id(p) for p in model.parameters()}
     swapped, left = _new_layers(chosen, recipes, change_output)
+    _refuse_shared(model, swapped)
     _refuse_untying(model, swapped)
     if run is not None and swapped:
         run.before({each.layer.name: each.layer.module for each in swapped})
@@ -305,10 +311,17 @@ def _new_layer(layer: Layer, recipe: Callable[[Any], Any]) -> "nn.Module | Left"
     source = layer.module
     if parametrize.is_parametrized(source):
         source = _without_parametrizations(source, layer.kind)
+    held = _held(source)
+    written = [t._version for t in held]
     try:
         new = recipe(source)
     except Exception as error:
         raise ValueError(f"{OP}: {layer} could not be swapped, and nothing has changed: {error}") from error
+    if written != [t._version for t in held]:
+        raise ValueError(
+            f"{OP}: the recipe for {layer} writes into the layer's own tensors, which is not taken back; let it copy what it "
+            "changes"
+        )
     if new is source:
         return Left("its recipe gave it back")
     if isinstance(new, Left):
@@ -354,6 +367,17 @@ def _parametrize_as(layer: Layer, source: nn.Module, new: nn.Module) -> None:
         parametrize.register_parametrization(new, name, nn.Identity())
         new_lists: Any = new.parametrizations
         new_lists[name] = lists[name]
+
+
+def _refuse_shared(model: nn.Module, swapped: Sequence[_Swapped]) -> None:
+    """Raises where a new layer is another one too, or is somewhere in the model already."""
+    taken = {id(module): f"the model's {name!r}" for name, module in model.named_modules()}
+    for each in swapped:
+        if id(each.new) in taken:
+            raise ValueError(
+                f"{OP}: the recipe for {each.layer} gave a module that is also {taken[id(each.new)]}; make a new one for each"
+            )
+        taken[id(each.new)] = f"that for {each.layer}"
 
 
 def _refuse_untying(model: nn.Module, swapped: Sequence[_Swapped]) -> None:

@@ -136,7 +136,7 @@ class _CoordLayer(nn.Module):
                 )
             parameter = conv._parameters[name]
             if parameter is not None:
-                check.local(f"{cls.__name__}.from_conv", name, parameter)
+                check.floating(f"{cls.__name__}.from_conv", name, parameter)
         new: Any = cls(
             conv.in_channels,
             conv.out_channels,

@@ -126,7 +126,7 @@ class _Plain(nn.Module):
                 )
             found = layer._parameters[parameter]
             if found is not None:
-                check.local(name, parameter, found)
+                check.floating(name, parameter, found)
 
     @classmethod
     def _arguments_of(cls, layer: Any) -> dict[str, Any]:
