@@ -674,6 +674,18 @@ def _overheads() -> Iterator[Case]:
         source=TINY.source,
         **given,
     )
+    yield Case(
+        family=FAMILY,
+        op="cka_matrix",
+        label="2 layers, 4x64",
+        problem=functools.partial(Layers, 2, 64, 4),
+        reference=lambda p: every_pair(p.layers, torch.float64),
+        ours=Contestant("fourfold", lambda p, state: lambda: ff.cka_matrix(dict(enumerate(p.layers)), unbiased=True).matrix),
+        tolerance=HIGH,
+        state="heap",
+        source=TINY.source,
+        **given,
+    )
 
 
 def _call_of(op: str, p: Pair, state: str) -> Call:

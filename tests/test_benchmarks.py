@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,9 @@ from fourfold.benchmarks.harness import Absent, Case, Contestant, Group, Session
 from fourfold.benchmarks.options import add_options, to_arguments, to_settings
 
 pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark; run: pip install pytest-benchmark")
+
+#: pytest-benchmark measures nothing in a process that pytest-xdist shares out tests to; a program started here is none.
+ALONE = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
 
 ROOT = Path(__file__).parent.parent
 TOLERANCE = Tolerance(1e-6, 1e-6)
@@ -431,7 +435,7 @@ def test_a_wrong_answer_fails_under_pytest(tmp_path):
         "-c /dev/null -p fourfold.benchmarks.conftest -p no:cacheprovider --benchmark-json=all.json --seconds=0.2 --threads=1"
     )
     command = [sys.executable, "-m", "pytest", *options.split(), "--benchmark-only", "--rootdir", str(tmp_path), str(bench)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=ALONE, capture_output=True, text=True)
     assert done.returncode == 1 and "1 failed, 1 passed" in done.stdout, done.stdout + done.stderr
     assert "rival WRONG, no time" in done.stdout
     kept = json.loads((tmp_path / "all.json").read_text())["benchmarks"]
@@ -691,7 +695,7 @@ def test_random_layers_lie_in_the_stated_range_and_follow_the_seed():
 
 def test_the_whole_program_on_one_case(tmp_path):
     command = [sys.executable, "-m", "fourfold.benchmarks", "--op=dct_normalize", "--match=1x1x64", "--seconds=0.5"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=ALONE, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1/1 dct_normalize int16 1x1x64" in done.stdout and "over clone" in done.stdout
     document = report.load(tmp_path / "fourfold-benchmarks.json")
