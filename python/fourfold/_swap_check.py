@@ -81,8 +81,8 @@ def compare_alone(layer: Layer, new: nn.Module, change_output: bool) -> float | 
                 hook(old, ())  # the pruned weight, which is otherwise as of the last call
         try:
             before = list(tensors_in(old.forward(x)))
-        except Exception:
-            return None  # torch has no such layer of these sizes, or of this dtype
+        except RuntimeError:  # what torch raises where it has no such layer of these sizes, or of this dtype
+            return None
         try:
             after = list(tensors_in(new.forward(x)))
         except Exception as error:
