@@ -12,13 +12,13 @@ pytest := env OMP_NUM_THREADS=1 $(in_venv)pytest -n auto --maxprocesses=4 --dist
 c_files := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench lint format wheel gpu-check clean
+.PHONY: help demo test test-all bench claims lint format wheel gpu-check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "TORCH=$(TORCH)  PYTHON=python3.12 (a new .venv is made with it)  FOURFOLD_APT=0 (never call apt-get)"
-	@echo "PYTEST_ARGS=...  DEMO_ARGS=...  BENCH_ARGS=..."
+	@echo "PYTEST_ARGS=...  DEMO_ARGS=...  BENCH_ARGS=...  CLAIMS_ARGS=..."
 
 demo:  ## set up, run the library on a real photo, print a table, write a picture
 	@$(setup) demo
@@ -35,6 +35,10 @@ test-all:  ## the long tests as well
 bench:  ## measure every op against its rivals (BENCH_ARGS=--quick: two minutes)
 	@$(setup) bench plot
 	@$(in_venv)python -m fourfold.benchmarks $(BENCH_ARGS)
+
+claims:  ## the papers' claims, run again, minutes (CLAIMS_ARGS=--full: hours)
+	@$(setup) reproduce
+	@$(in_venv)python -m fourfold.reproduce $(CLAIMS_ARGS)
 
 lint:  ## ruff, clang-format, mypy
 	@$(setup) lint

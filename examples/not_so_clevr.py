@@ -65,14 +65,15 @@ def coord_conv_net(task: str) -> nn.Sequential:
     )  # fmt: skip
 
 
-def rival_net(task: str) -> nn.Sequential:
+def rival_net(task: str, kernel: int = 4) -> nn.Sequential:
     """Convolutions without coordinates, as the paper has them: ten to a hundred times as many weights."""
     layers: list[nn.Module] = []
     if task == "classification":
         layers += [nn.AvgPool2d(SIZE)]  # the two numbers as one pixel, which six layers enlarge to 64 x 64
+        twice = (kernel, 2, (kernel - 1) // 2, kernel % 2)
         for channels, out in ((2, 64), (64, 64), (64, 64), (64, 32), (32, 32)):
-            layers += [nn.ConvTranspose2d(channels, out, 4, 2, 1), nn.BatchNorm2d(out), nn.ReLU()]
-        return nn.Sequential(*layers, nn.ConvTranspose2d(32, 1, 4, 2, 1), nn.Flatten())
+            layers += [nn.ConvTranspose2d(channels, out, *twice), nn.BatchNorm2d(out), nn.ReLU()]
+        return nn.Sequential(*layers, nn.ConvTranspose2d(32, 1, *twice), nn.Flatten())
     for channels in (1, 16, 16):
         layers += [nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
     layers += [nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Flatten()]
@@ -111,14 +112,16 @@ def loss_of(task: str, out: Tensor, where: Tensor) -> Tensor:
     return F.mse_loss(out, where / (SIZE - 1))
 
 
-def train(task: str, net: nn.Module, where: Tensor, steps: int, batch: int, weight_decay: float, name: str = "") -> None:
-    """A fixed number of steps on random centres, learning rate up and down again."""
+def train(
+    task: str, net: nn.Module, where: Tensor, steps: int, batch: int, weight_decay: float, rate: float = 0.01, name: str = ""
+) -> None:
+    """A fixed number of steps on random centres, learning rate up and down again; a bar if there is a name for it."""
     he_init(net)
     net.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.01, total_steps=steps)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps)
     net.train()
-    progress = tqdm(range(steps), desc=name, disable=None)
+    progress = tqdm(range(steps), desc=name, disable=None if name else True)
     for _ in progress:
         some = where[torch.randint(len(where), (batch,))]
         loss = loss_of(task, net(inputs(task, some)), some)

@@ -23,7 +23,7 @@ def located(name: str) -> Path:
 
 
 def test_the_parts_are_there():
-    for part in ("triton_kernels", "benchmarks", "reference", "ops", "nn", "models", "jpeg", "compat"):
+    for part in ("triton_kernels", "benchmarks", "examples", "reproduce", "reference", "ops", "nn", "models", "jpeg", "compat"):
         assert importlib.util.find_spec(f"fourfold.{part}") is not None, part
     assert located("fourfold").with_name("py.typed").exists()
     binaries = located("fourfold._C").parent

@@ -1,0 +1,133 @@
+"""What a claim is, and the list of all of them."""
+
+import fnmatch
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+FAMILIES = {
+    "coordconv": "CoordConv",
+    "blockdct": "Networks on JPEG's coefficients",
+    "maskmm": "Supermasks",
+    "supsup": "Supermasks in superposition",
+    "cca": "SVCCA",
+}  # each a module of this package, which registers its claims
+
+REPRODUCED, PARTLY, NOT, OFFLINE = "reproduced", "partly", "not reproduced", "not testable offline"
+VERDICTS = (REPRODUCED, PARTLY, NOT, OFFLINE)
+SEEDS = range(5)
+
+
+@dataclass
+class Run:
+    """What one seed gave.
+
+    verdict: of this seed alone: reproduced, partly or not reproduced. found: one sentence. figures: its numbers by name, for
+    judging over seeds and for tables. series: lists of numbers that pictures are drawn from.
+    """
+
+    verdict: str
+    found: str
+    figures: dict[str, float] = field(default_factory=dict)
+    series: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A published claim, what counts as reproducing it, and the function that tries.
+
+    run: (seed, full) -> Run; None if it cannot be tested without downloads, and `criterion` then says why.
+    seeded: False if no seed plays a part, so that one run is enough. at_least: how many of the five seeds must reproduce it.
+    over_seeds: instead of counting seeds, a verdict and a sentence on all runs together. needs: optional packages, as imported,
+    and "libjpeg".
+    """
+
+    name: str
+    family: str
+    claim: str
+    source: str
+    criterion: str
+    run: Callable[[int, bool], Run] | None
+    seeded: bool = True
+    at_least: int = len(SEEDS)
+    over_seeds: Callable[[list[Run]], tuple[str, str]] | None = None
+    needs: tuple[str, ...] = ()
+
+    def seeds(self, full: bool) -> list[int]:
+        """Never chosen: 0 to 4, or 0 alone."""
+        if self.run is None:
+            return []
+        return list(SEEDS) if full and self.seeded else [0]
+
+    def judge(self, runs: list[Run]) -> tuple[str, str]:
+        """The verdict on all runs, and a sentence on them."""
+        if self.run is None:
+            return OFFLINE, self.criterion
+        if self.over_seeds:
+            return self.over_seeds(runs)
+        held = sum(run.verdict == REPRODUCED for run in runs)
+        found = runs[0].found if len(runs) == 1 else f"{held} of {len(runs)} seeds; seed 0: {runs[0].found}"
+        # The same share of fewer seeds, rounded up.
+        if held >= -(-self.at_least * len(runs) // len(SEEDS)):
+            return REPRODUCED, found
+        return (NOT if all(run.verdict == NOT for run in runs) else PARTLY), found
+
+
+_claims: dict[str, Claim] = {}
+
+
+def register(claim: Claim) -> None:
+    """Adds a claim. Names are unique, and begin with their family's."""
+    if claim.name in _claims:
+        raise ValueError(f"reproduce: two claims are named {claim.name}")
+    _claims[claim.name] = claim
+
+
+def claim(name: str, **fields: Any) -> Callable[[Callable[[int, bool], Run]], Callable[[int, bool], Run]]:
+    """Registers the decorated function as the run of a claim."""
+
+    def decorator(run: Callable[[int, bool], Run]) -> Callable[[int, bool], Run]:
+        register(Claim(name, name.partition(".")[0], run=run, **fields))
+        return run
+
+    return decorator
+
+
+def offline(name: str, *, claim: str, source: str, why: str) -> None:
+    """Registers a claim that needs what cannot be had without a download."""
+    register(Claim(name, name.partition(".")[0], claim=claim, source=source, criterion=why, run=None))
+
+
+def every_claim() -> dict[str, Claim]:
+    """All claims by name, in the order of families and of their modules."""
+    for family in FAMILIES:
+        importlib.import_module(f"{__package__}.{family}")
+    return dict(_claims)
+
+
+def choose(names: Iterable[str]) -> list[Claim]:
+    """Claims by name, by family, or by a glob; all for no names, each once and in the ledger's order."""
+    every, wanted = every_claim(), list(names)
+    if not wanted:
+        return list(every.values())
+    chosen: set[str] = set()
+    for name in wanted:
+        found = [key for key, one in every.items() if name == one.family or fnmatch.fnmatchcase(key, name)]
+        if not found:
+            raise ValueError(f"reproduce: no claim or family is named {name!r}; --list shows them")
+        chosen.update(found)
+    return [one for key, one in every.items() if key in chosen]
+
+
+def verdict(passed: bool, partly: bool = False) -> str:
+    """Of one seed."""
+    return REPRODUCED if passed else PARTLY if partly else NOT
+
+
+def threads(count: int | None = None) -> str:
+    """A count in words; by default of those that torch takes."""
+    count = torch.get_num_threads() if count is None else count
+    return f"{count} thread{'s' * (count > 1)}"

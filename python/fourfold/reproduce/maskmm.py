@@ -1,0 +1,188 @@
+"""Supermasks (Zhou et al., 2019, arXiv 1905.01067), on scikit-learn's digits in place of MNIST."""
+
+import copy
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fourfold as ff
+
+from ._registry import Run, claim, offline, verdict
+
+SOURCE = "Zhou et al. 2019, arXiv 1905.01067"
+
+
+def _net(seed: int, build: Any, train: Any, *data: Tensor, epochs: int) -> Any:
+    torch.manual_seed(seed)
+    net = build()
+    train(net, *data, epochs)
+    return net
+
+
+@claim(
+    "maskmm.criteria",
+    claim="a mask made from what training did to the weights lifts the untrained network far above chance, best by large "
+    "final magnitude of the same sign",
+    source=f"{SOURCE}: 86% on MNIST",
+    criterion="untrained 64-300-100-10 on digits, half of the weights kept: large_final_same_sign at least 60% and above "
+    "large_final, which is above random, which is near chance (below 20%); every seed",
+    needs=("sklearn",),
+)
+def criteria(seed: int, full: bool) -> Run:
+    """examples/lottery_ticket_digits.py, its first part."""
+    from fourfold.examples import lottery_ticket_digits as example
+
+    images, labels, *tested = example.digits()
+    torch.manual_seed(seed)
+    untrained = example.build()
+    trained = copy.deepcopy(untrained)
+    example.train(trained, images, labels, 50)
+    right = {
+        criterion: example.accuracy(example.masked(untrained, trained, criterion, 0.5, seed), *tested)
+        for criterion in example.CRITERIA
+    }
+    same, large, random = (right[name] for name in ("large_final_same_sign", "large_final", "random"))
+    found = f"large_final_same_sign {same:.0%}, large_final {large:.0%}, random {random:.0%}"
+    return Run(verdict(same >= 0.6 and same > large > random and random < 0.2, same >= 0.6 and same > random), found, right)
+
+
+def _supermasks(seed: int, full: bool, *names: str) -> dict[str, float]:
+    """Shares of test digits right, by the names of examples/supermask_digits.py."""
+    from fourfold.examples import supermask_digits as example
+
+    images, labels, *tested = example.digits()
+    epochs = example.EPOCHS
+    nets = {name: _net(seed, example.NETS[name], example.train, images, labels, epochs=epochs) for name in names}
+    return {name: example.accuracy(net, *tested) for name, net in nets.items()}
+
+
+TRAINED, FULL = "trained weights", "supermask: signs, rescaled"
+NO_RESCALING, NO_SIGNS = "supermask: signs", "supermask: rescaled"
+
+
+@claim(
+    "maskmm.learned",
+    claim="a learned mask on frozen random weights reads digits as well as trained weights do",
+    source=f"{SOURCE}: 98.0% on MNIST with signed constants and rescaling; 97.4% trained",
+    criterion="64-300-100-10 on digits: at most 2 points below the trained network; every seed",
+    needs=("sklearn",),
+)
+def learned(seed: int, full: bool) -> Run:
+    """Bernoulli masks, weights of one magnitude per layer, rescaled."""
+    right = _supermasks(seed, full, TRAINED, FULL)
+    found = f"trained {right[TRAINED]:.1%}, masked {right[FULL]:.1%}"
+    return Run(verdict(right[FULL] >= right[TRAINED] - 0.02), found, right)
+
+
+def _ablated(runs: list[Run]) -> tuple[str, str]:
+    mean = {key: sum(run.figures[key] for run in runs) / len(runs) for key in runs[0].figures}
+    rescaling, signs = mean[NO_RESCALING] < mean[FULL], mean[NO_SIGNS] < mean[FULL]
+    found = f"both {mean[FULL]:.1%}, without rescaling {mean[NO_RESCALING]:.1%}, without signed constants {mean[NO_SIGNS]:.1%}"
+    return verdict(rescaling and signs, rescaling or signs), found
+
+
+@claim(
+    "maskmm.ablation",
+    claim="a learned mask needs both: rescaling, and weights of one magnitude",
+    source=f"{SOURCE}: 95.3% on MNIST without, 98.0% with both",
+    criterion="leaving out either lowers the accuracy on digits; means of all seeds",
+    over_seeds=_ablated,
+    needs=("sklearn",),
+)
+def ablation(seed: int, full: bool) -> Run:
+    """The same networks, with one thing left out."""
+    run = Run("", "", _supermasks(seed, full, FULL, NO_RESCALING, NO_SIGNS))
+    run.verdict, run.found = _ablated([run])
+    return run
+
+
+class _Frozen(nn.Module):
+    """A linear layer without bias whose weights off the mask [N, K] (bool) stay at their first values."""
+
+    def __init__(self, linear: nn.Linear, mask: Tensor) -> None:
+        super().__init__()
+        self.masked = ff.nn.MaskedLinear.from_linear(linear, mask)
+        self.register_buffer("rest", linear.weight.detach() * ~mask)
+        self.rest: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of any shape [.., in_features]."""
+        return self.masked(x) + F.linear(x, self.rest)
+
+
+ROUNDS = (8, 12, 16)
+
+
+def _zeroed(runs: list[Run]) -> tuple[str, str]:
+    mean = {key: sum(run.figures[key] for run in runs) / len(runs) for key in runs[0].figures}
+    better = [mean[f"zero {n}"] > mean[f"frozen {n}"] for n in ROUNDS]
+    found = "; ".join(f"{0.8**n:.0%} kept: zero {mean[f'zero {n}']:.1%}, frozen {mean[f'frozen {n}']:.1%}" for n in ROUNDS)
+    return verdict(all(better), any(better)), found
+
+
+@claim(
+    "maskmm.zero-action",
+    claim="pruned weights are better set to zero than frozen at their first values",
+    source=f"{SOURCE}, mask-0 actions",
+    criterion="digits, large_final tickets: a fifth of the weights pruned per round, a tenth in the last layer, the others "
+    "back to their first values; zero is better after 8, 12 and 16 rounds (17%, 7% and 3% kept); means of all "
+    "seeds",
+    over_seeds=_zeroed,
+    needs=("sklearn",),
+)
+def zero_action(seed: int, full: bool) -> Run:
+    """Normal weights; each way finds masks of its own."""
+    from fourfold.examples import supermask_digits as example
+
+    images, labels, *tested = example.digits()
+    torch.manual_seed(seed)
+    untrained = example.plain_net()
+    linear = [i for i, layer in enumerate(untrained) if isinstance(layer, nn.Linear)]
+    figures = {}
+    for action in ("zero", "frozen"):
+        masks = {i: torch.ones(untrained[i].weight.shape, dtype=torch.bool) for i in linear}
+        for prunings in range(ROUNDS[-1] + 1):
+            net = copy.deepcopy(untrained)
+            for i in linear:
+                net[i] = (ff.nn.MaskedLinear.from_linear if action == "zero" else _Frozen)(net[i], masks[i])
+            torch.manual_seed(seed)
+            example.train(net, images, labels, 50 if full else 10)
+            if prunings in ROUNDS:
+                figures[f"{action} {prunings}"] = example.accuracy(net, *tested)
+            for i in linear:
+                weight = net[i].weight if action == "zero" else net[i].masked.weight
+                density = (0.9 if i == linear[-1] else 0.8) ** (prunings + 1)
+                # Weights that were pruned rank last, whatever their first values.
+                kept = torch.where(masks[i], weight.detach(), 0.0)
+                keep = ff.mask_from_criterion(untrained[i].weight, kept, "large_final", density)
+                masks[i] = ff.unpack_mask(keep, weight.shape[1])
+    run = Run("", "", figures)
+    run.verdict, run.found = _zeroed([run])
+    return run
+
+
+@claim(
+    "maskmm.bytes",
+    claim="a mask takes one bit per weight: the network 784-300-100-10 takes 33,275 bytes, a thirty-second of its weights",
+    source="266,200 weights of the paper's network, divided by 8",
+    criterion="the packed masks take 33,275 bytes, 32 times less than float32 weights",
+    seeded=False,
+)
+def size(seed: int, full: bool) -> Run:
+    """Rows are padded to 64 bits, so that kernels can read words."""
+    shapes = list(pairwise((784, 300, 100, 10)))
+    weights = sum(inputs * outputs for inputs, outputs in shapes)
+    packed = sum(ff.pack_mask(torch.rand(outputs, inputs) < 0.5).numel() for inputs, outputs in shapes)
+    found = f"{packed:,} bytes, {4 * weights / packed:.1f} times less: rows are padded to 64 bits"
+    return Run(verdict(packed <= weights / 8, 4 * weights / packed >= 28), found, {"bytes": packed, "weights": weights})
+
+
+offline(
+    "maskmm.mnist-cifar",
+    claim="86% on MNIST and 41% on CIFAR-10 by criterion; 98.0% and 76.5% by learned masks",
+    source=SOURCE,
+    why="needs MNIST and CIFAR-10, downloads; maskmm.criteria and maskmm.learned test the same on digits",
+)
