@@ -12,7 +12,7 @@ pytest := env OMP_NUM_THREADS=1 $(in_venv)pytest -n auto --maxprocesses=4 --dist
 c_files := find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all bench claims lint format wheel gpu-check clean
+.PHONY: help demo test test-all bench claims docs lint format wheel gpu-check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,11 @@ bench:  ## measure every op against its rivals (BENCH_ARGS=--quick: two minutes)
 claims:  ## the papers' claims, run again, minutes (CLAIMS_ARGS=--full: hours)
 	@$(setup) reproduce
 	@$(in_venv)python -m fourfold.reproduce $(CLAIMS_ARGS)
+
+docs:  ## the documentation as a site in build/site, which opens without network
+	@$(setup) docs
+	@NO_MKDOCS_2_WARNING=1 $(in_venv)mkdocs build --strict --quiet
+	@$(in_venv)python docs/site/check.py build/site
 
 lint:  ## ruff, clang-format, mypy
 	@$(setup) lint

@@ -68,6 +68,8 @@ def get_cca_similarity(
         verbose: does nothing.
 
     Returns:
+        A dictionary with these entries.
+
         - ``cca_coef1``, ``cca_coef2``: the same correlations, descending, as many as the smaller layer has neurons left; those
           beyond the rank are 0.
         - ``mean``: twice the mean of the leading correlations (see threshold); ``sum``: twice the sum of all.
