@@ -443,6 +443,25 @@ def test_chance_and_condition() -> None:
             ff.StreamingCCA(precision="fast").update({"bad": bad}).compute("cca")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [2.0**power for power in (-110, -70, 70, 120)])
+def test_fast_refuses_what_float32_cannot_square(scale: float, dtype: torch.dtype) -> None:
+    """There is no second look at the samples, and what is left of them would be a wrong number."""
+    x, y = (torch.randn(500, 4, 2, 2, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1))
+    message = r"compute: the squares of layer 'y' must lie in the range of float32 with precision='fast', got a sum of [-\w.+]+ over"
+    for conv, methods in (("channels", METHODS), ("dft", ("dft_cca",))):
+        fast = ff.StreamingCCA(precision="fast", conv=conv).update({"x": x, "y": y * scale})
+        high = ff.StreamingCCA(conv=conv).update({"x": x, "y": y * scale})
+        plain = ff.StreamingCCA(conv=conv).update({"x": x, "y": y})
+        for method in methods:
+            with pytest.raises(ValueError, match=message):
+                fast.compute(method)
+            torch.testing.assert_close(high.compute(method).matrix, plain.compute(method).matrix, rtol=0, atol=1e-9)
+    still = ff.StreamingCCA(precision="fast").update({"x": x, "y": torch.full((500, 4), 1e-30)})
+    with pytest.warns(UserWarning, match="same value in every sample"):
+        assert still.compute("cka").matrix[0, 1].isnan()
+
+
 def test_dead_neurons_and_low_precision() -> None:
     """Neurons that never vary or stand twice cost no warning, and float32's rounding is no direction."""
     x, y = (torch.randn(2000, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))

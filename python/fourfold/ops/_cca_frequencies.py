@@ -342,6 +342,10 @@ class Frequencies:
             self._powers[name] = (squares - means).sum(-1)
         return self._powers[name]
 
+    def powers(self) -> dict[Name, tuple[Tensor, Tensor]]:
+        """Of each layer the trace of its scatter over all frequencies, and its sums."""
+        return {name: (self.power(name).sum(), self.sums[:, self._channels(name)]) for name in self.widths}
+
     def live(self, name: Name) -> Tensor:
         """bool [F]: where a layer varies by more than what rounding in the transform makes of its other frequencies."""
         power = self.power(name)

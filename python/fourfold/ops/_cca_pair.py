@@ -59,7 +59,7 @@ def scatter(x: Tensor, y: Tensor | None, precision: str, own: bool = True) -> tu
     """Centred scatter matrices (xx, xy, yy) of x [n, d] and y, the triangle counted once, and the means; without y all of x.
 
     A mean is [2, d]: a number and what it lacks, so that x less the one and less the other is centred however far it lies from
-    0. own: False leaves xx and yy out; they are empty then.
+    0. own: False leaves xx and yy out; they are empty then. precision: "fast" becomes "high" where float32 cannot hold squares.
     """
     layers = [x] if y is None else [x, y]
     n, dtypes = x.shape[0], {t.dtype for t in layers}
@@ -72,6 +72,10 @@ def scatter(x: Tensor, y: Tensor | None, precision: str, own: bool = True) -> tu
         else:
             pivots = [pivot_of(t.unsqueeze(2)) for t in layers]
             total, sums = _products(layers, pivots, precision, own)
+    if precision == "fast" and own:
+        powers = (part.sum() for part in total.diagonal().split([t.shape[1] for t in layers]))
+        if any(similarity.beyond_float32(power, n) for power in powers):
+            return scatter(x, y, "high")
     means = [torch.stack([p, s / n]) for p, s in zip(pivots, sums, strict=True)]
     if not own:
         xy = total.addr_(sums[0], sums[1], alpha=-1 / n)

@@ -77,6 +77,11 @@ def warn_condition(op: str, name: str, whitener: "Whitener", stacklevel: int | N
         )
 
 
+def beyond_float32(power: Tensor, n: int) -> bool:
+    """Whether sums of float32 products with this trace left their range, or are so small that the smaller ones were lost."""
+    return not n * 2.0**-100 < float(power) < math.inf
+
+
 def warn_constant(op: str, names: list[Any]) -> None:
     """Warns where layers that do not vary leave a measure undefined."""
     if names:

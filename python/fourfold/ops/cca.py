@@ -183,7 +183,8 @@ def cca(x: Tensor, y: Tensor, *, rtol: float | None = None, precision: Literal["
         y: those of the other layer on the same samples, float [n, dy]; the dtypes may differ.
         rtol: directions with a variance of at most rtol times the largest are dropped; n * 2⁻⁵² if None.
         precision: "high" computes in float64 whatever comes in. "fast" multiplies blocks in float32, 16-bit inputs as they are,
-            and adds these up in float64: enough where the condition numbers are at most 100, else it warns.
+            and adds these up in float64: enough where the condition numbers are at most 100, else it warns. Where squares
+            leave the range of float32 it is "high".
 
     Returns:
         A :class:`CCAResult`. Its mean, r2 and rho are differentiable with the ranks held fixed; gradients are finite also where

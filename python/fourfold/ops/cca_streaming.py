@@ -100,7 +100,8 @@ class StreamingCCA:
             ``"avgpool"``: n samples of c, averaged over h x w or t. ``"dft"``: statistics of each spatial frequency, for
             ``dft_cca``.
         precision: ``"high"``: float64 sums of float64 products, whatever the dtype. ``"fast"``: float32 products in blocks of
-            at most 1,024 samples, added up in float64; warns where the condition number is too high for that.
+            at most 1,024 samples, added up in float64; warns where the condition number is too high for that, and refuses a
+            layer whose squares leave the range of float32.
         pairs: ``"all"``, ``"cross"`` (names are (model, layer); only pairs of different models), or a list of (name, name).
 
     Raises:
@@ -599,6 +600,9 @@ class StreamingCCA:
             widest = max(self._widths, key=self._widths.__getitem__)
             of = f"{op}: dft_cca of layer {widest!r}"
             similarity.warn_chance(of, self._frequencies.n, self._widths[widest])
+            if self.precision == "fast":
+                for name, (power, sums) in self._frequencies.powers().items():
+                    _refuse_beyond_float32(op, name, power, sums, self._frequencies.n)
             values = {pair: self._frequencies.similarity(*pair) for pair in self._wanted(op, self.names)}
             return {pair: (value, value) for pair, value in values.items()}
         assert self._layout is not None
@@ -622,6 +626,9 @@ class _Measures:
         self.whiteners: list[similarity.Whitener] = []
         #: Layers that a pair was undefined for.
         self.constant: list[Name] = []
+        if precision == "fast":
+            for name, scatter, sums in zip(self.names, self.scatters, state.sums, strict=True):
+                _refuse_beyond_float32(op, name, similarity.power(scatter), sums[:-1], state.n)
         if method not in ("cca", "svcca", "pwcca"):
             return
         chosen = {key: value for key, value in options.items() if key in ("rtol", "variance")}
@@ -675,6 +682,16 @@ class _Measures:
         constant = [self.names[k] for k in (i, j) if not bool(similarity.power(self.scatters[k]) > 0)]
         self.constant += constant
         return bool(constant)
+
+
+def _refuse_beyond_float32(op: str, name: Name, power: Tensor, sums: Tensor, n: int) -> None:
+    """power: the trace of the scatter. A constant layer, whose sums are 0 around its pivot, is another matter."""
+    if similarity.beyond_float32(power, n) and (float(power) > 0 or bool(sums.any())):
+        raise ValueError(
+            f"{op}: the squares of layer {name!r} must lie in the range of float32 with precision='fast', got a sum of "
+            f"{float(power):.3g} over {n} samples; multiply the layer by a constant, which changes no similarity, or use "
+            "precision='high'"
+        )
 
 
 def _reachable(config: str, wanted: str) -> str:
