@@ -21,6 +21,10 @@ STABLE_TORCH_LIBRARY(fourfold, m) {
   m.def(
       "dct_normalize(Tensor coefs, Tensor qtable, Tensor? mean, Tensor? std, int[]? freqs, str layout, ScalarType dtype) "
       "-> Tensor");
+  // dct_normalize of images whose planes lie apart, image by image; those numbered in mirrored are mirrored left to right.
+  m.def(
+      "_normalize_grids(Tensor[] grids, Tensor qtable, Tensor? mean, Tensor? std, int planes, int[] mirrored, int[]? freqs, "
+      "ScalarType dtype) -> Tensor");
   // scale is [3, F], for Y, Cb and Cr; float64 if rgb or dtype is, else float32.
   m.def(
       "rgb_to_dct(Tensor rgb, str subsampling, str layout, int[]? freqs, Tensor? scale, ScalarType dtype) -> "

@@ -432,15 +432,18 @@ void test_normalize(const Kernels& kernels, const char* tier) {
           encode(work, (1 + random_below(8)) / 16.0, factor.at(f));
         }
         const Normalize n{table.at(0), mean.at(0), factor.at(0), slots.data(), kept, planar, blocks};
+        // Backwards, as the blocks of a mirrored row lie.
+        std::vector<const int16_t*> where;
+        for (int64_t k = 0; k < blocks; ++k) where.push_back(coefs + (blocks - 1 - k) * 64);
         const int64_t split = blocks > 64 ? 64 : blocks;
-        kernels.normalize[e](n, coefs, out.at(0), 0, split);
-        if (split < blocks) kernels.normalize[e](n, coefs, out.at(0), split, blocks);
+        kernels.normalize[e](n, where.data(), out.at(0), 0, split);
+        if (split < blocks) kernels.normalize[e](n, where.data() + split, out.at(0), split, blocks);
         Expected expected;
         for (int64_t k = 0; k < blocks; ++k) {
           for (int f = 0; f < 64; ++f) {
             if (slots[f] < 0) continue;
             expected.place.push_back(planar ? slots[f] * blocks + k : k * kept + slots[f]);
-            expected.value.push_back((coefs[k * 64 + f] * table.get(f) - mean.get(f)) * factor.get(f));
+            expected.value.push_back((where[k][f] * table.get(f) - mean.get(f)) * factor.get(f));
           }
         }
         char what[200];

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import battery
@@ -636,6 +638,90 @@ def normalize_large(dtype: torch.dtype) -> Sample:
     return Sample("large", (quantised(3, 150, 151, 64), table(3, 64)), {"mean": 0.5, "std": factors(64), "dtype": dtype})
 
 
+# ---- _normalize_grids: images whose planes lie apart ---------------------------------------------------------------------
+
+
+def grids_of(op: Callable[..., Tensor], coefs: Tensor, *args: Any) -> Tensor:
+    """Each plane of coefs by itself."""
+    return op(list(coefs), *args)
+
+
+def reference_grids(coefs, qtable, mean, std, *rest):
+    statistics = (None if t is None else t.double() for t in (mean, std))
+    return REFERENCES["_normalize_grids"](list(coefs), qtable.double(), *statistics, *rest[:-1], torch.float64)
+
+
+def grids_samples(dtype: torch.dtype) -> list[Sample]:
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    mean, std = randn(3, 64, dtype=work, spread=20), factors(3, 64, dtype=work)
+    large = quantised(6, 11, 12, 64)
+    crops = large[:, 1:9, 2:11]
+    cases = [
+        ("one block", quantised(1, 1, 1, 64), None, None, 1, [], None),
+        ("mirrored", quantised(2, 2, 3, 64), None, None, 1, [1], None),
+        ("28 blocks across", quantised(3, 28, 28, 64), mean[:1], std[:1], 1, [0, 2], None),
+        ("two planes", quantised(6, 5, 7, 64), mean[:2], std[:2], 2, [2, 3], None),
+        ("three planes, crops", crops, mean, None, 3, [0, 1, 2], None),
+        ("crops, dropped", crops, None, std[:2, :24].contiguous(), 2, [5], ZIGZAG),
+        ("frequencies apart", crops.transpose(-1, -2).contiguous().transpose(-1, -2), mean, std, 3, [0], None),
+        ("rows from below", large.flip(1), mean[:1, :2].contiguous(), None, 1, [4], [63, 0]),
+        ("no frequency", quantised(2, 3, 3, 64), None, None, 2, [], []),
+        ("no blocks", quantised(2, 0, 3, 64), mean[:1], None, 1, [0], None),
+        ("the same twice", quantised(1, 3, 3, 64).expand(2, 3, 3, 64), None, std[:1], 1, [1], None),
+    ]
+    return [Sample(label, (coefs, table(len(coefs), 64, dtype=work), *rest, dtype)) for label, coefs, *rest in cases]
+
+
+def grids_small() -> list[Sample]:
+    given = (factors(2, 64), randn(1, 2), None, 1, [1], [5, 0], torch.float64)
+    return [Sample("crops", (quantised(2, 2, 3, 64) // 200, *given))]
+
+
+def grids_sizes() -> list[Sample]:
+    given = (factors(4, 64, dtype=torch.float32), None, None, 2, [2, 3], None, torch.float32)
+    return [Sample(str(size), (quantised(4, *size, 64), *given)) for size in ((5, 7), (2, 9), (8, 8))]
+
+
+def grids_refusals() -> list[Refusal]:
+    coefs, rows = torch.zeros(4, 2, 3, 64, dtype=torch.int16), torch.ones(4, 64)
+
+    def refused(
+        message: str,
+        *,
+        grids: Any = coefs,
+        table: Tensor = rows,
+        mean=None,
+        std=None,
+        planes=2,
+        mirrored=(),
+        dtype=torch.float32,
+    ):
+        return Refusal(
+            ValueError,
+            f"_normalize_grids: {message}",
+            lambda: torch.ops.fourfold._normalize_grids(list(grids), table, mean, std, planes, list(mirrored), [0, 1], dtype),
+        )
+
+    kind = "in float32 (float64 for dtype float64), got shape"
+    return [
+        refused("grids must be those of whole images of 3 planes, got 4", planes=3),
+        refused("grids must be those of whole images of 0 planes, got 4", planes=0),
+        refused("grids must be those of whole images of 2 planes, got 0", grids=[]),
+        refused("dtype must be float16, bfloat16, float32 or float64", dtype=torch.int16),
+        refused("grids must be [h, w, 64], got (2, 3)", grids=coefs[..., 0]),
+        refused("grids must be [h, w, 64], got (2, 3, 63)", grids=coefs[..., 1:]),
+        refused("grids must be int16 quantised coefficients", grids=coefs.int()),
+        refused("grids must have one shape, got (2, 3, 64) and (1, 3, 64)", grids=[*coefs[:3], coefs[3, :1]]),
+        refused("grids must have one shape, got (2, 3, 64) and (2, 3, 63)", grids=[*coefs[:3], coefs[3, ..., 1:]]),
+        refused("mirrored must hold numbers of grids below 4, got 4", mirrored=[4]),
+        refused("mirrored must hold numbers of grids below 4, got -1", mirrored=[-1]),
+        refused(f"qtable must be contiguous [grids, 64] {kind} (3, 64)", table=rows[1:]),
+        refused(f"qtable must be contiguous [grids, 64] {kind} (4, 64)", table=rows.double()),
+        refused(f"mean must be contiguous [planes, F] {kind} (2, 64)", mean=rows[:2]),
+        refused(f"std must be contiguous [planes, F] {kind} (1, 2)", std=rows[:1, :2].contiguous()),
+    ]
+
+
 # ---- what the battery is fed ---------------------------------------------------------------------------------------------
 
 OPS = (
@@ -695,6 +781,31 @@ OPS = (
         dynamic=(0, 1, 2),
         large=normalize_large,
         refusals=normalize_refusals,
+    ),
+    Op(
+        name="_normalize_grids",
+        call=functools.partial(grids_of, blockdct._normalize_grids),
+        reference=reference_grids,
+        samples=grids_samples,
+        small=grids_small,
+        sizes=grids_sizes,
+        dynamic=(1, 2),
+        large=lambda dtype: Sample(
+            "large",
+            (
+                quantised(6, 75, 151, 64),
+                table(6, 64, dtype=torch.float64 if dtype == torch.float64 else torch.float32),
+                None,
+                None,
+                2,
+                [1, 4],
+                None,
+                dtype,
+            ),
+        ),
+        refusals=grids_refusals,
+        differentiable=False,
+        excused={"exports": "asks for a dynamic number of planes, which a list of them has not"},
     ),
 )
 

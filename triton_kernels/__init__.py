@@ -1,7 +1,7 @@
 """CUDA implementations written in Triton, a file per family, a launcher per op and named as it. Needs Triton."""
 
 from . import blockdct, cca, coordconv, maskmm
-from .blockdct import dct_normalize
+from .blockdct import dct_normalize, normalize_grids
 from .cca import add_wide, count_nonfinite, gram, image_spectra, pack_samples, spectra_gram
 from .coordconv import add_map, batch_sum, coord_tables, coord_tables_backward
 from .maskmm import (
@@ -46,6 +46,7 @@ __all__ = [
     "masked_dots",
     "masked_linear",
     "masked_linear_backward",
+    "normalize_grids",
     "pack_mask",
     "pack_samples",
     "sddmm",

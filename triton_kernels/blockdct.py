@@ -118,6 +118,34 @@ def dct_normalize(
     return out
 
 
+def normalize_grids(
+    grids: Sequence[Tensor],
+    qtable: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    planes: int,
+    mirrored: Sequence[int],
+    freqs: Sequence[int] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The op fourfold::_normalize_grids for CUDA tensors: stacked, because the kernel reads from one piece of memory.
+
+    grids int16 [h, w, 64], planes of them an image; qtable [B * planes, 64]; mean, std [planes, F]. Returns
+    [B, planes * F, h, w].
+    """
+    if planes < 1 or not grids or len(grids) % planes:
+        raise ValueError(f"_normalize_grids: grids must be those of whole images of {planes} planes, got {len(grids)}")
+    coefs = torch.stack([grid.flip(1) if k in mirrored else grid for k, grid in enumerate(grids)])
+    if mirrored:
+        qtable = qtable.clone()
+        qtable[list(mirrored), 1::2] *= -1
+    parts = []
+    for c in range(planes):
+        statistics = (None if rows is None else rows[c] for rows in (mean, std))
+        parts.append(dct_normalize(coefs[c::planes], qtable[c::planes], *statistics, freqs, "planar", dtype))
+    return parts[0] if planes == 1 else torch.cat(parts, 1)
+
+
 def _packed(freqs: Sequence[int]) -> list[int]:
     """freqs as eight words of eight bytes, the first lowest. Bit 62, above any frequency, makes every word an int64."""
     filled = [*freqs, *[0] * (64 - len(freqs))]

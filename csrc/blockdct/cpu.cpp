@@ -154,26 +154,36 @@ Tensor block_idct_backward(const Tensor& grad, int64_t block_size, std::string l
 
 // ---- dct_normalize -------------------------------------------------------------------------------------------------------
 
-// [F] by slot spread to [64] by row-major frequency.
+// [.., F] by slot spread to [.., 64] by row-major frequency.
 template <typename T>
 std::vector<T> by_frequency(const Geometry& g, const std::optional<Tensor>& values, T missing) {
-  std::vector<T> result(64, missing);
-  for (int64_t f = 0; values && f < 64; ++f) {
-    if (g.slots[f] >= 0) result[f] = static_cast<const T*>(values->const_data_ptr())[g.slots[f]];
+  const int64_t rows = values && values->dim() == 2 ? values->size(0) : 1;
+  std::vector<T> result(rows * 64, missing);
+  for (int64_t i = 0; values && i < rows * 64; ++i) {
+    if (g.slots[i % 64] >= 0) result[i] = static_cast<const T*>(values->const_data_ptr())[i / 64 * g.F + g.slots[i % 64]];
   }
   return result;
 }
 
-template <typename T>
-void run_normalize(const Geometry& g, const Tensor& coefs, const Tensor& qtable, const std::optional<Tensor>& mean,
-                   const std::optional<Tensor>& std, const Tensor& out, int64_t planes, int64_t blocks) {
+// Where the blocks of a plane lie: `row` and `step` coefficients from one to the one below and to the one beside it.
+struct Grid {
+  const int16_t* at;
+  int64_t row, step;
+  bool mirrored;
+};
+
+// out: planes of rows x cols blocks. grid(plane) is where one comes from. mean, std: [F], or [S, F] with a row for each of S
+// planes in turn.
+template <typename T, typename GridOf>
+void run_normalize(const Geometry& g, const GridOf& grid, int64_t planes, int64_t rows, int64_t cols, const Tensor& qtable,
+                   const std::optional<Tensor>& mean, const std::optional<Tensor>& std, const Tensor& out) {
   const std::vector<T> means = by_frequency<T>(g, mean, T{0});
   std::vector<T> factors = by_frequency<T>(g, std, T{1});
   for (T& factor : factors) factor = 1 / factor;
   const NormalizeBlocks normalize = kernels().normalize[element_of(out)];
-  const int16_t* from = static_cast<const int16_t*>(coefs.const_data_ptr());
   const T* tables = static_cast<const T*>(qtable.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
+  const int64_t blocks = rows * cols;
   const int64_t plane_bytes = g.F * blocks * out.element_size(), planes_per_table = planes / qtable.size(0);
   constexpr int64_t kChunk = 64;  // blocks; a multiple of every vector, so that chunks don't split one
   const int64_t chunks = (blocks + kChunk - 1) / kChunk;
@@ -181,16 +191,54 @@ void run_normalize(const Geometry& g, const Tensor& coefs, const Tensor& qtable,
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t plane = chunk / chunks, first = chunk % chunks * kChunk;
       const int64_t last = first + kChunk < blocks ? first + kChunk : blocks;
-      const Normalize n{tables + plane / planes_per_table * 64,
-                        means.data(),
-                        factors.data(),
+      const Grid from = grid(plane);
+      const int16_t* where[kChunk];
+      int64_t i = first / cols, j = first % cols;
+      for (int64_t k = 0; k < last - first; ++k) {
+        where[k] = from.at + i * from.row + (from.mirrored ? cols - 1 - j : j) * from.step;
+        if (++j == cols) j = 0, ++i;
+      }
+      const T* table = tables + plane / planes_per_table * 64;
+      T signs_turned[64];
+      if (from.mirrored) {  // the odd waves across
+        for (int f = 0; f < 64; ++f) signs_turned[f] = f % 2 == 1 ? -table[f] : table[f];
+        table = signs_turned;
+      }
+      const Normalize n{table,
+                        means.data() + plane * 64 % means.size(),
+                        factors.data() + plane * 64 % factors.size(),
                         g.slots.data(),
                         g.F,
                         g.layout == Layout::planar,
                         blocks};
-      normalize(n, from + plane * blocks * 64, to + plane * plane_bytes, first, last);
+      normalize(n, where, to + plane * plane_bytes, first, last);
     }
   });
+}
+
+template <typename GridOf>
+void run_normalize_as(ScalarType work, const Geometry& g, const GridOf& grid, int64_t planes, int64_t rows, int64_t cols,
+                      const Tensor& qtable, const std::optional<Tensor>& mean, const std::optional<Tensor>& std,
+                      const Tensor& out) {
+  if (work == ScalarType::Double) {
+    run_normalize<double>(g, grid, planes, rows, cols, qtable, mean, std, out);
+  } else {
+    run_normalize<float>(g, grid, planes, rows, cols, qtable, mean, std, out);
+  }
+}
+
+void require_dtype(const char* op, ScalarType dtype) {
+  require(
+      dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+      op, ": dtype must be float16, bfloat16, float32 or float64");
+}
+
+// Of table, mean or std, which must be `shaped` as `shape` says.
+void require_numbers(const char* op, const char* name, const Tensor& t, const Tensor& coefs, ScalarType work, bool shaped,
+                     const char* shape) {
+  require_same_device(op, name, t, coefs);
+  require(t.scalar_type() == work && t.is_contiguous() && shaped, op, ": ", name, " must be contiguous ", shape,
+          " in float32 (float64 for dtype float64), got shape ", shape_of(t));
 }
 
 // coefs [.., h, w, 64]; qtable [G, 64], one table for each 1/G of the leading dimensions; mean, std [F].
@@ -201,11 +249,9 @@ Tensor dct_normalize(const Tensor& coefs, const Tensor& qtable, std::optional<Te
   require(g.layout != Layout::interleaved, op, ": layout must be 'planar' or 'blocks', got 'interleaved'");
   require(coefs.scalar_type() == ScalarType::Short, op, ": coefs must be int16 quantised coefficients");
   require(coefs.dim() >= 3 && coefs.size(coefs.dim() - 1) == 64, op, ": coefs must be [.., h, w, 64], got ", shape_of(coefs));
-  require(
-      dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-      op, ": dtype must be float16, bfloat16, float32 or float64");
+  require_dtype(op, dtype);
   const ScalarType work = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const int64_t rank = coefs.dim(), blocks = coefs.size(rank - 3) * coefs.size(rank - 2);
+  const int64_t rank = coefs.dim(), rows = coefs.size(rank - 3), cols = coefs.size(rank - 2);
   int64_t planes = 1;
   std::vector<int64_t> sizes;
   for (int64_t d = 0; d < rank - 3; ++d) {
@@ -213,27 +259,58 @@ Tensor dct_normalize(const Tensor& coefs, const Tensor& qtable, std::optional<Te
     sizes.push_back(coefs.size(d));
   }
   if (g.layout == Layout::planar) sizes.push_back(g.F);
-  sizes.push_back(coefs.size(rank - 3));
-  sizes.push_back(coefs.size(rank - 2));
+  sizes.push_back(rows);
+  sizes.push_back(cols);
   if (g.layout == Layout::blocks) sizes.push_back(g.F);
-  const auto require_table = [&](const char* name, const Tensor& t, bool shaped, const char* shape) {
-    require_same_device(op, name, t, coefs);
-    require(t.scalar_type() == work && t.is_contiguous() && shaped, op, ": ", name, " must be contiguous ", shape,
-            " in float32 (float64 for dtype float64), got shape ", shape_of(t));
-  };
-  require_table("qtable", qtable, qtable.dim() == 2 && qtable.size(1) == 64, "[G, 64]");
-  if (mean) require_table("mean", *mean, mean->dim() == 1 && mean->size(0) == g.F, "[F]");
-  if (std) require_table("std", *std, std->dim() == 1 && std->size(0) == g.F, "[F]");
+  require_numbers(op, "qtable", qtable, coefs, work, qtable.dim() == 2 && qtable.size(1) == 64, "[G, 64]");
+  if (mean) require_numbers(op, "mean", *mean, coefs, work, mean->dim() == 1 && mean->size(0) == g.F, "[F]");
+  if (std) require_numbers(op, "std", *std, coefs, work, std->dim() == 1 && std->size(0) == g.F, "[F]");
   const Tensor dense = coefs.is_contiguous() ? coefs : torch::stable::contiguous(coefs);
   Tensor out = new_result(dense, sizes, dtype, op);
   if (out.numel() == 0) return out;
   require(qtable.size(0) > 0 && planes % qtable.size(0) == 0, op, ": ", qtable.size(0), " tables don't divide ", planes,
           " leading planes of coefs");
-  if (work == ScalarType::Double) {
-    run_normalize<double>(g, dense, qtable, mean, std, out, planes, blocks);
-  } else {
-    run_normalize<float>(g, dense, qtable, mean, std, out, planes, blocks);
+  const int16_t* from = static_cast<const int16_t*>(dense.const_data_ptr());
+  const auto grid = [&](int64_t plane) { return Grid{from + plane * rows * cols * 64, cols * 64, 64, false}; };
+  run_normalize_as(work, g, grid, planes, rows, cols, qtable, mean, std, out);
+  return out;
+}
+
+// grids: the planes [h, w, 64] of images, image by image; qtable [planes of all images, 64]; mean, std [planes, F].
+Tensor normalize_grids(std::vector<Tensor> grids, const Tensor& qtable, std::optional<Tensor> mean, std::optional<Tensor> std,
+                       int64_t planes, std::vector<int64_t> mirrored, Freqs freqs, ScalarType dtype) {
+  const char* op = "_normalize_grids";
+  Geometry g = describe(op, 8, "planar", freqs);
+  const auto count = static_cast<int64_t>(grids.size());
+  require(planes > 0 && count > 0 && count % planes == 0, op, ": grids must be those of whole images of ", planes,
+          " planes, got ", count);
+  require_dtype(op, dtype);
+  const ScalarType work = dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const Tensor& one = grids[0];
+  require(one.dim() == 3 && one.size(2) == 64, op, ": grids must be [h, w, 64], got ", shape_of(one));
+  std::vector<Grid> places;
+  for (Tensor& grid : grids) {
+    require_same_device(op, "grids", grid, one);
+    require(grid.scalar_type() == ScalarType::Short, op, ": grids must be int16 quantised coefficients");
+    require(grid.dim() == 3 && grid.size(0) == one.size(0) && grid.size(1) == one.size(1) && grid.size(2) == 64, op,
+            ": grids must have one shape, got ", shape_of(one), " and ", shape_of(grid));
+    if (grid.stride(2) != 1) grid = torch::stable::contiguous(grid);
+    places.push_back({static_cast<const int16_t*>(grid.const_data_ptr()), grid.stride(0), grid.stride(1), false});
   }
+  for (int64_t k : mirrored) {
+    require(k >= 0 && k < count, op, ": mirrored must hold numbers of grids below ", count, ", got ", k);
+    places[k].mirrored = true;
+  }
+  require_numbers(op, "qtable", qtable, one, work, qtable.dim() == 2 && qtable.size(0) == count && qtable.size(1) == 64,
+                  "[grids, 64]");
+  const auto shaped = [&](const Tensor& t) { return t.dim() == 2 && t.size(0) == planes && t.size(1) == g.F; };
+  if (mean) require_numbers(op, "mean", *mean, one, work, shaped(*mean), "[planes, F]");
+  if (std) require_numbers(op, "std", *std, one, work, shaped(*std), "[planes, F]");
+  const int64_t rows = one.size(0), cols = one.size(1);
+  Tensor out = new_result(one, {count / planes, planes * g.F, rows, cols}, dtype, op);
+  if (out.numel() == 0) return out;
+  const auto grid = [&](int64_t plane) { return places[plane]; };
+  run_normalize_as(work, g, grid, count, rows, cols, qtable, mean, std, out);
   return out;
 }
 
@@ -250,4 +327,5 @@ STABLE_TORCH_LIBRARY_IMPL(fourfold, CPU, m) {
   m.impl("_block_dct_out", TORCH_BOX(&block_dct_out));
   m.impl("_block_idct_out", TORCH_BOX(&block_idct_out));
   m.impl("dct_normalize", TORCH_BOX(&dct_normalize));
+  m.impl("_normalize_grids", TORCH_BOX(&normalize_grids));
 }

@@ -444,17 +444,17 @@ void inverse(const Plane& p, const void* coefs_, void* image_, const void* scale
 // ---- dct_normalize
 // -----------------------------------------------------------------------------------------------------------
 
-// Planes of `count` blocks from coefs on, a vector's worth or fewer. Two coefficients are one number while rows of blocks turn
+// Planes of `count` blocks, a vector's worth or fewer. Two coefficients are one number while rows of blocks turn
 // into rows of frequencies, which halves the work of turning.
 template <typename E>
-FOURFOLD_INLINE void normalize_planes(const blockdct::Normalize& n, const int16_t* coefs, E* out, int f, int64_t count) {
+FOURFOLD_INLINE void normalize_planes(const blockdct::Normalize& n, const int16_t* const* coefs, E* out, int f, int64_t count) {
   const auto* table = static_cast<const float*>(n.table);
   const auto* mean = static_cast<const float*>(n.mean);
   const auto* factor = static_cast<const float*>(n.factor);
   Vec<float> pairs[kLanes<float>];
 #pragma GCC unroll 16
   for (int k = 0; k < kLanes<float>; ++k) {
-    pairs[k] = k < count ? load_pairs(coefs + k * 64 + f) : Vec<float>{};
+    pairs[k] = k < count ? load_pairs(coefs[k] + f) : Vec<float>{};
   }
   transpose<float>(pairs);
 #pragma GCC unroll 16
@@ -471,7 +471,7 @@ FOURFOLD_INLINE void normalize_planes(const blockdct::Normalize& n, const int16_
 }
 
 template <typename E>
-void normalize(const blockdct::Normalize& n_, const int16_t* coefs, void* out_, int64_t first, int64_t last) {
+void normalize(const blockdct::Normalize& n_, const int16_t* const* coefs, void* out_, int64_t first, int64_t last) {
   using T = Accumulate<E>;
   const blockdct::Normalize n = n_;  // a copy that no store can alias
   constexpr int kAll = 64;
@@ -480,7 +480,7 @@ void normalize(const blockdct::Normalize& n_, const int16_t* coefs, void* out_, 
   const T* mean = static_cast<const T*>(n.mean);
   const T* factor = static_cast<const T*>(n.factor);
   const auto normalized = [&](int64_t block, int f) __attribute__((always_inline)) {
-    const Vec<T> value = load_integers<T>(coefs + block * kAll + f) * *(const Loose<T>*)(table + f);
+    const Vec<T> value = load_integers<T>(coefs[block - first] + f) * *(const Loose<T>*)(table + f);
     return (value - *(const Loose<T>*)(mean + f)) * *(const Loose<T>*)(factor + f);
   };
   const auto any_kept = [&](int f, int count) {
@@ -496,7 +496,7 @@ void normalize(const blockdct::Normalize& n_, const int16_t* coefs, void* out_, 
         if (!any_kept(f, 2 * kLanes<T>)) continue;
         for (int64_t block = first; block < last; block += kLanes<T>) {
           const int64_t count = least(kLanes<T>, last - block);
-          normalize_planes(n, coefs + block * kAll, out + block, f, count);
+          normalize_planes(n, coefs + (block - first), out + block, f, count);
         }
       }
     } else {

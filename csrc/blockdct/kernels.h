@@ -52,8 +52,8 @@ struct Normalize {
   bool planar;
   int64_t blocks;  // of one plane
 };
-// Blocks [first, last) of one plane whose coefficients and results start at coefs and out.
-using NormalizeBlocks = void (*)(const Normalize& n, const int16_t* coefs, void* out, int64_t first, int64_t last);
+// Blocks [first, last) of one plane whose results start at out; coefs[i] is where block first + i lies.
+using NormalizeBlocks = void (*)(const Normalize& n, const int16_t* const* coefs, void* out, int64_t first, int64_t last);
 
 struct Kernels {
   Forward forward[kElements][kBlockSizes];

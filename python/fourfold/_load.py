@@ -14,9 +14,12 @@ from typing import Any
 import torch
 
 from . import _C
+from ._pages import see
 
-# Raises, and names the words there are, when FOURFOLD_CPU_CAPABILITY holds none of them.
-_C.cpu_capability()
+try:
+    _C.cpu_capability()  # raises, and names the words there are, when FOURFOLD_CPU_CAPABILITY holds none of them
+except ValueError as error:
+    raise ValueError(f"{error}{see('performance.md#instruction-sets')}") from None
 
 # In editable installs the Python files stay in the source tree; the libraries always lie beside _C.
 _LIBRARIES = Path(_C.__file__).parent
@@ -24,6 +27,7 @@ _LIBRARIES = Path(_C.__file__).parent
 #: Ops whose CUDA implementation is a Triton launcher of the same name; every other op's is CUDA C++.
 TRITON_OPS = (
     "dct_normalize",
+    "_normalize_grids",
     "_coord_tables",
     "_coord_tables_backward",
     "_add_map_",

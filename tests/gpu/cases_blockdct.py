@@ -166,6 +166,29 @@ def normalize_matches(op, layout, dtype, device, rtol=0.0):
         torch.testing.assert_close(result, expected, rtol=allowed, atol=0, msg=f"{what}: {(result - expected).abs().max()}")
 
 
+def grids_match(op, dtype, device, rtol=0.0):
+    """_normalize_grids against its reference: crops of larger images, some of them mirrored."""
+    on_cpu = device.type == "cpu" and op is torch.ops.fourfold._normalize_grids
+    draw = random.Random(f"grids {dtype}")
+    torch.manual_seed(draw.randrange(2**31))
+    work = work_type(dtype)
+    for images, planes, h, w in ((1, 1, 1, 1), (3, 2, 5, 7), (2, 3, 8, 8), (4, 1, 3, 17)):
+        count = images * planes
+        coefs = torch.randint(-128, 128, (count, h + 2, w + 3, 64), dtype=torch.int16, device=device)
+        grids = [plane[1 : h + 1, k % 3 : k % 3 + w] for k, plane in enumerate(coefs)]
+        qtable = torch.randint(1, 100, (count, 64)).to(device, work)
+        freqs = draw.choice((None, draw.sample(range(64), 24)))
+        f = 64 if freqs is None else len(freqs)
+        mean = draw.choice((None, torch.randn(planes, f, dtype=work).to(device)))
+        std = draw.choice((None, (torch.rand(planes, f, dtype=work) + 0.5).to(device)))
+        given = (grids, qtable, mean, std, planes, list(range(0, count, 2)), freqs, dtype)
+        result, expected = op(*given), reference._normalize_grids(*given)
+        allowed = rtol
+        if on_cpu and std is not None:
+            allowed = 2 * torch.finfo(work).eps if dtype == work else torch.finfo(dtype).eps
+        torch.testing.assert_close(result, expected, rtol=allowed, atol=0)
+
+
 def native(op, device):
     """The op runs its own kernels here, not the reference."""
     needs_gpu(device)
@@ -357,6 +380,14 @@ CHECKS = [
             hot=True,
         )
         for dtype, layout in itertools.product(DTYPES, ("planar", "blocks"))
+    ),
+    *(
+        Check(
+            "_normalize_grids",
+            name_of(dtype),
+            lambda device, dtype=dtype: grids_match(torch.ops.fourfold._normalize_grids, dtype, device),
+        )
+        for dtype in DTYPES
     ),
     Check("block_dct, block_idct", "gradients", gradients),
     Check("block_dct, block_idct, dct_normalize", "stream", streamed),

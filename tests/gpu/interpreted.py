@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from fourfold import triton_kernels
 from fourfold.ops import coordconv as coordconv_functions
-from fourfold.triton_kernels import add_map, batch_sum, coord_tables, coord_tables_backward, dct_normalize
+from fourfold.triton_kernels import add_map, batch_sum, coord_tables, coord_tables_backward, dct_normalize, normalize_grids
 from fourfold.triton_kernels import cca as cca_kernels
 from fourfold.triton_kernels import coordconv as coordconv_kernels
 from fourfold.triton_kernels import maskmm as maskmm_kernels
@@ -28,6 +28,11 @@ assert os.environ.get("TRITON_INTERPRET") == "1", "run through tests/test_triton
 def test_dct_normalize(layout, dtype):
     rtol = 2**-7 if dtype == torch.bfloat16 else 0.0  # the interpreter truncates to bfloat16; GPUs round
     blockdct.normalize_matches(dct_normalize, layout, dtype, torch.device("cpu"), rtol)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=blockdct.name_of)
+def test_normalize_grids(dtype):
+    blockdct.grids_match(normalize_grids, dtype, torch.device("cpu"), 2**-7 if dtype == torch.bfloat16 else 0.0)
 
 
 def test_nothing_to_do():

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from .._pages import see
 from .._progress import progress_bar
 from ..ops import _checks as check
-from ..ops.blockdct import check_options, dct_normalize
-from ..ops.blockdct_domain import dct_crop, dct_flip, edge_pad
+from ..ops.blockdct import _normalize_grids, check_options, dct_normalize
+from ..ops.blockdct_domain import dct_flip, edge_pad
 from ..reference._dtypes import accumulate_type
 from .files import JpegCoefficients, JpegError, read, read_batch
 
@@ -40,12 +41,10 @@ _SAMPLINGS = {
 
 
 class _Image(NamedTuple):
-    """A file: quantised luma [h, w, 64], chroma [2, h', w', 64], their tables [64] and [2, 64], and (H, W) in pixels."""
+    """A file: quantised Y [h, w, 64], Cb and Cr [h', w', 64], their tables [64], and (H, W) in pixels."""
 
-    y: Tensor
-    cbcr: Tensor
-    y_table: Tensor
-    cbcr_table: Tensor
+    planes: tuple[Tensor, ...]
+    tables: tuple[Tensor, ...]
     size: tuple[int, int]
 
 
@@ -82,23 +81,24 @@ def _check_color(op: str, coefs: JpegCoefficients, name: str) -> None:
     if coefs.color_space not in ("ycbcr", "gray"):
         raise JpegError(
             f"{op}: {name} must be ycbcr or gray, got {coefs.color_space}; re-encode it, or decode it and use rgb_to_dct"
+            f"{see('jpeg.md#batches')}"
         )
 
 
 def _image(op: str, coefs: JpegCoefficients, name: str) -> _Image:
     """A 4:2:0 file, or a gray one with chroma of zeros."""
     _check_color(op, coefs, name)
-    y, y_table = coefs.components[0], coefs.qtables[0]
     if coefs.color_space == "gray":
         h, w = (-(-side // _MCU) for side in coefs.size)
-        return _Image(y, y.new_zeros(2, h, w, 64), y_table, y_table.new_ones(2, 64), coefs.size)
+        nothing, table = coefs.components[0].new_zeros(h, w, 64), torch.ones_like(coefs.qtables[0])
+        return _Image((*coefs.components, nothing, nothing), (*coefs.qtables, table, table), coefs.size)
     sampling = _sampling_name(coefs)
     if sampling != "4:2:0":
         raise JpegError(
             f"{op}: {name} must have 4:2:0 chroma, got {sampling}; re-encode it, or decode it and use "
-            "rgb_to_dct(..., subsampling='4:2:0')"
+            f"rgb_to_dct(..., subsampling='4:2:0'){see('jpeg.md#batches')}"
         )
-    return _Image(y, torch.stack(coefs.components[1:]), y_table, torch.stack(coefs.qtables[1:]), coefs.size)
+    return _Image(coefs.components, coefs.qtables, coefs.size)
 
 
 # ---- the dataset -----------------------------------------------------------------------------------------------------
@@ -124,10 +124,8 @@ class DctDataset(torch.utils.data.Dataset[Item]):
 
     A plain map-style dataset: shuffling, DistributedSampler and worker processes are the DataLoader's. It fetches whole
     batches (``__getitems__``), decoded by native threads and normalised in one pass, which :func:`collate` hands on without a
-    copy; with ``pin_memory=True`` the DataLoader pins them. ::
-
-        data = ff.jpeg.DctDataset.from_folder("train", mean=mean, std=std, size=224, train=True)
-        loader = torch.utils.data.DataLoader(data, 64, shuffle=True, num_workers=4, collate_fn=ff.jpeg.collate, pin_memory=True)
+    copy; with ``pin_memory=True`` the DataLoader pins them. ``DataLoader(data, 64, shuffle=True, num_workers=4,
+    collate_fn=ff.jpeg.collate)`` is all that it takes.
 
     Args:
         paths: the files; anything that :func:`jpeg.read` takes.
@@ -253,11 +251,11 @@ class DctDataset(torch.utils.data.Dataset[Item]):
             for i, coefs in zip(indices, files, strict=True)
         ]
         windows = [self._window(image, draw) for image, draw in zip(images, draws, strict=True)]
-        cut = [self._cut(*given) for given in zip(indices, images, windows, strict=True)]
-        one_grid = len({(image.y.shape, image.cbcr.shape) for image in cut}) == 1
+        cut = [self._cut(image, window) for image, window in zip(images, windows, strict=True)]
+        one_grid = len({tuple(plane.shape for plane in image.planes) for image in cut}) == 1
         if not one_grid or any(any(window.pads) for window in windows):
             return [self._item(i, image, draw) for i, image, draw in zip(indices, images, draws, strict=True)]
-        y, cbcr = self._normalized(*(torch.stack(parts) for parts in list(zip(*cut, strict=True))[:4]))
+        y, cbcr = self._normalized(cut, [window.flip for window in windows])
         return _Batch([self._with_target(i, *planes) for i, *planes in zip(indices, y, cbcr, strict=True)], y, cbcr)
 
     # ---- from a file to an item
@@ -282,55 +280,47 @@ class DctDataset(torch.utils.data.Dataset[Item]):
             pads.append(pad)
         return _Window((offset[0], offset[1]), (pads[0], pads[1]), self.train and draw[2] < 0.5)
 
-    def _cut(self, index: int, image: _Image, window: _Window) -> _Image:
-        """Cropped along the axes that are not padded, and mirrored unless it has to be padded before."""
+    def _cut(self, image: _Image, window: _Window) -> _Image:
+        """Views, cropped along the axes that are not padded."""
         if self.size is None:
             return image
-        box = [0, 0, *image.cbcr.shape[-3:-1]]
-        y_box = [0, 0, *image.y.shape[-3:-1]]
+        planes = list(image.planes)
         for axis in (0, 1):
             if not window.pads[axis]:
-                box[axis], box[axis + 2] = window.offset[axis], self.size[axis] // _MCU
-                y_box[axis], y_box[axis + 2] = 2 * box[axis], 2 * box[axis + 2]
-        y, cbcr = dct_crop(image.y, y_box), dct_crop(image.cbcr, box)
-        if window.flip and not any(window.pads):
-            try:
-                y, cbcr = dct_flip(y, -2), dct_flip(cbcr, -2)
-            except ValueError as error:  # -32768, which a broken file can hold
-                raise JpegError(f"DctDataset: {_name(self.paths[index], index)}: {error}") from error
-        return image._replace(y=y, cbcr=cbcr)
+                for c, step in enumerate((2, 1, 1)):
+                    planes[c] = planes[c].narrow(axis, step * window.offset[axis], step * (self.size[axis] // _MCU))
+        return image._replace(planes=tuple(planes))
 
     def _item(self, index: int, image: _Image, draw: list[float]) -> Item:
         window = self._window(image, draw)
-        cut = self._cut(index, image, window)
+        cut = self._cut(image, window)
         if any(window.pads):
             return self._with_target(index, *self._padded(cut, window))
-        y, cbcr = self._normalized(*(part[None] for part in cut[:4]))
+        y, cbcr = self._normalized([cut], [window.flip])
         return self._with_target(index, y[0], cbcr[0])
 
     def _with_target(self, index: int, y: Tensor, cbcr: Tensor) -> Item:
         return (y, cbcr) if self.targets is None else (y, cbcr, self.targets[index])
 
-    def _normalized(self, y: Tensor, cbcr: Tensor, y_table: Tensor, cbcr_table: Tensor) -> tuple[Tensor, Tensor]:
-        """A stack of images to planes [B, F, h, w] and [B, 2F, h', w']."""
-        rows = self._row(self.mean, 0), self._row(self.std, 0)
-        options: dict[str, Any] = {"freqs": self.freqs, "dtype": self.dtype}
-        luma = dct_normalize(y, y_table, mean=rows[0], std=rows[1], **options)
-        if all(rows is None or rows.dim() == 1 for rows in (self.mean, self.std)):
-            return luma, dct_normalize(cbcr, cbcr_table, mean=rows[0], std=rows[1], **options).flatten(1, 2)
-        chroma = [
-            dct_normalize(
-                cbcr[:, c - 1], cbcr_table[:, c - 1], mean=self._row(self.mean, c), std=self._row(self.std, c), **options
-            )
-            for c in (1, 2)
-        ]
-        return luma, torch.cat(chroma, 1)
+    def _normalized(self, images: Sequence[_Image], flips: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        """Images of one grid, mirrored or not, to planes [B, F, h, w] and [B, 2F, h', w']."""
+
+        def planes(part: slice) -> Tensor:
+            grids = [plane for image in images for plane in image.planes[part]]
+            count = len(grids) // len(images)
+            tables = torch.stack([table for image in images for table in image.tables[part]]).to(accumulate_type(self.dtype))
+            mean, std = (None if rows is None else rows.expand(3, -1)[part].contiguous() for rows in (self.mean, self.std))
+            mirrored = [k for k in range(len(grids)) if flips[k // count]]
+            return _normalize_grids(grids, tables, mean, std, count, mirrored, self.freqs, self.dtype)
+
+        return planes(slice(0, 1)), planes(slice(1, 3))
 
     def _padded(self, image: _Image, window: _Window) -> tuple[Tensor, Tensor]:
         """One image, cut along the axes that are not padded, to planes [F, h, w] and [2F, h', w'], by way of floats."""
         assert self.size is not None
         planes = []
-        for coefs, table, step in ((image.y, image.y_table, 2), (image.cbcr, image.cbcr_table, 1)):
+        for c, step in enumerate((2, 1, 1)):
+            coefs, table = image.planes[c], image.tables[c]
             blocks = dct_normalize(coefs, table, layout="blocks", dtype=accumulate_type(self.dtype))
             size, before, frame = [], [], []
             for axis in (0, 1):
@@ -340,20 +330,15 @@ class DctDataset(torch.utils.data.Dataset[Item]):
                 size.append(-(-image.size[axis] * step // 2) if pad else 8 * frame[axis])
             blocks = edge_pad(blocks, size, before, frame)
             blocks = dct_flip(blocks, -2) if window.flip else blocks
-            planes.append(blocks if self.freqs is None else blocks[..., self.freqs])
-        y, (cb, cr) = planes
-        for c, plane in enumerate((y, cb, cr)):
-            mean, std = self._row(self.mean, c), self._row(self.std, c)
+            blocks = blocks if self.freqs is None else blocks[..., self.freqs]
+            mean, std = (None if rows is None else rows.expand(3, -1)[c] for rows in (self.mean, self.std))
             if mean is not None:
-                plane.sub_(mean)
+                blocks = blocks - mean
             if std is not None:
-                plane.div_(std)
-        chroma = torch.cat([cb, cr], -1)
-        return y.movedim(-1, -3).to(self.dtype).contiguous(), chroma.movedim(-1, -3).to(self.dtype).contiguous()
-
-    @staticmethod
-    def _row(values: Tensor | None, c: int) -> Tensor | None:
-        return values if values is None or values.dim() == 1 else values[c]
+                blocks = blocks / std
+            planes.append(blocks.movedim(-1, -3).to(self.dtype).contiguous())
+        y, cb, cr = planes
+        return y, torch.cat([cb, cr])
 
 
 class _Batch(list[Item]):

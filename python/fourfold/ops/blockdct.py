@@ -672,6 +672,24 @@ def dct_normalize(
     return _dct_normalize(coefs, tables, mean, std, kept, layout, dtype)
 
 
+def _normalize_grids_fake(
+    grids: Sequence[Tensor],
+    qtable: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    planes: int,
+    mirrored: Sequence[int],
+    freqs: Freqs,
+    dtype: torch.dtype,
+) -> Tensor:
+    h, w, _ = grids[0].shape
+    return grids[0].new_empty((len(grids) // planes, planes * frequencies.count(freqs, 8), h, w), dtype=dtype)
+
+
+#: For jpeg.DctDataset: images from wherever they were cut out of, in one pass, without stacking them first. No gradients.
+_normalize_grids = register("_normalize_grids", fake=_normalize_grids_fake)
+
+
 def _statistic(op: str, name: str, value: Any, f: int, work: torch.dtype, coefs: Tensor) -> Tensor | None:
     """mean or std as [F] in the accumulation type on the device of coefs."""
     if value is None:

@@ -17,6 +17,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "_block_dct_out": blockdct.block_dct_out,
     "_block_idct_out": blockdct.block_idct_out,
     "dct_normalize": blockdct.dct_normalize,
+    "_normalize_grids": blockdct._normalize_grids,
     "rgb_to_dct": blockdct_rgb.rgb_to_dct,
     "_coord_tables": coordconv.coord_tables,
     "_coord_tables_backward": coordconv.coord_tables_backward,

@@ -204,3 +204,28 @@ def dct_normalize(
     if std is not None:
         y = y / std
     return (y.movedim(-1, -3) if layout == "planar" else y).contiguous().to(dtype)
+
+
+def _normalize_grids(
+    grids: Sequence[Tensor],
+    qtable: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
+    planes: int,
+    mirrored: Sequence[int],
+    freqs: Sequence[int] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """dct_normalize of B images whose planes, [h, w, 64] each, lie apart: [B, planes * F, h, w].
+
+    qtable: [B * planes, 64]; mean and std: [planes, F]; mirrored: the numbers of the grids that are mirrored left to right.
+    """
+    y = torch.stack(list(grids)).to(accumulate_type(dtype)) * qtable[:, None, None, :]
+    signs = torch.tensor([1, -1] * 32, device=y.device)
+    y = torch.stack([plane.flip(1) * signs if k in mirrored else plane for k, plane in enumerate(y)])
+    y = keep(y, freqs).unflatten(0, (-1, planes))
+    if mean is not None:
+        y = y - mean[:, None, None, :]
+    if std is not None:
+        y = y / std[:, None, None, :]
+    return y.movedim(-1, 2).flatten(1, 2).contiguous().to(dtype)
