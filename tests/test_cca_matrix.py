@@ -82,6 +82,19 @@ def test_fast_is_near(shape, unbiased):
     assert not torch.equal(found, exact) or len(layers) == 1
 
 
+@pytest.mark.parametrize("tracked", [False, True])
+def test_fast_of_wide_layers(tracked):
+    """Samples that have next to nothing in common: their inner products are small beside their squares."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(128, 40, generator=generator)
+    layers = {}
+    for name, share, mean in (("a", 1, 0), ("b", 0.1, 3), ("noise", 0, 0)):
+        mix, noise = (torch.randn(k, 8192, generator=generator) for k in (40, 128))
+        layers[name] = (common @ mix * share + noise + mean).requires_grad_(tracked)
+    found = cka_matrix(layers, unbiased=True, precision="fast").matrix
+    close(found.detach(), cka_matrix(layers, unbiased=True).matrix.detach(), 5e-8)
+
+
 @both
 @pytest.mark.parametrize("tracked", [False, True])
 @pytest.mark.parametrize("precision", ["high", "fast"])
@@ -174,13 +187,15 @@ def test_constant_layers_are_nan_and_warn_once(n, precision, unbiased):
     flat = {"a": layers["l0"], "flat": torch.full((n, 9), 0.1), "b": layers["l1"], "zero": torch.zeros(n, 4, 2)}
     with pytest.warns(UserWarning, match="cka_matrix") as caught:
         found = cka_matrix(flat, unbiased=unbiased, precision=precision).matrix
-    assert [str(w.message) for w in caught] == [
-        "cka_matrix: 2 layers have the same value in every sample, and are NaN (0 / 0), the first 'flat'; leave them out"
-    ]
+    (said,) = [str(w.message) for w in caught]
+    same = "cka_matrix: 2 layers have the same value in every sample, and are NaN (0 / 0), the first 'flat'"
+    assert said == f"{same}; leave them out (see docs/cca.md#limits)"
     assert caught[0].filename == __file__
     close(found[::2, ::2], cka_matrix(layers, unbiased=unbiased).matrix, 1e-6)
     assert found.isnan().sum() == 12
-    with pytest.warns(UserWarning, match=r"^cka_matrix: 1 layers .*, the first 'flat' of other; leave them out$"):
+    with pytest.warns(
+        UserWarning, match=r"^cka_matrix: 1 layers .*, the first 'flat' of other; leave them out \(see .*#limits\)$"
+    ):
         found = cka_matrix(layers, {"flat": flat["flat"], "a": layers["l0"]}).matrix
     assert found[:, 0].isnan().all() and not found[:, 1].isnan().any()
 

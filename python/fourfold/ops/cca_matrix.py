@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._pages import see
 from . import _checks as check
 from . import _similarity as similarity
 from ._cca_ops import _add_wide_, _count_nonfinite, _pack_samples
@@ -196,7 +197,7 @@ def _defined(own: Tensor, products: Tensor, norms: Tensor, labels: Sequence[str]
             similarity._warn(
                 f"{_OP}: layer {labels[worst]} has an unbiased HSIC with itself that is a difference of terms "
                 f"{float(loss[worst]):.3g} times as large; precision='fast' is meant for up to {similarity.FAST_KAPPA**2:.0f}; "
-                "use precision='high'",
+                f"use precision='high'{see('cca.md#precision')}",
                 None,
             )
     return defined
@@ -224,7 +225,8 @@ def _kernel(x: Tensor, rows: slice, scale: float, fast: bool) -> tuple[Tensor, T
     if x.device.type != "cpu" or height > 512:
         strips = list(_strips(height, x.device))
     # Of the samples less the first one, which makes constant neurons exactly 0; what they lack to the mean is put right in the
-    # end. None of those inner products is more than 4 times the largest of the centred samples.
+    # end. None of those inner products is more than 4 times the largest of the centred samples. In float32 that is too much:
+    # they would all be about the first sample's square, and what they differ by would be near its rounding.
     step = min(d, _step(n))
     panel = torch.empty(n, step + 8, dtype=torch.float32 if fast else torch.float64, device=x.device)
     norms, means = panel.new_empty(n), torch.zeros(n, dtype=torch.float64, device=x.device)
@@ -238,6 +240,10 @@ def _kernel(x: Tensor, rows: slice, scale: float, fast: bool) -> tuple[Tensor, T
             sums = torch.zeros(of_x.shape[1] + 1, dtype=torch.float64, device=x.device)
             _pack_samples(of_x.unsqueeze(2), of_x[0].double(), 0, part, sums, norms)
             mean = sums[:-1] / n
+            if fast:
+                near = mean.to(part.dtype)
+                part -= near
+                mean -= near
             power += sums[-1]
             square += mean @ mean
             means += part @ mean.to(part.dtype)
