@@ -19,6 +19,7 @@ import fourfold
 from . import bench_files, every_case, report
 from .harness import Session, Settings
 from .options import add_options, to_arguments, to_settings
+from .report_html import publish
 
 CAPABILITY = "FOURFOLD_CPU_CAPABILITY"
 LAPS = 3  # of whole processes, for --compare-capabilities
@@ -31,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
     parser.add_argument("--capability", metavar="TIER", help="run in a process lowered to this ISA tier, such as avx2")
     parser.add_argument("--compare-capabilities", metavar="TIERS", help="ours in two or more tiers, such as avx512,avx2")
+    parser.add_argument("--from", type=Path, metavar="RUN.json", dest="stored", help="measure nothing: report on this run")
     parser.add_argument("--render", action="store_true", help="rewrite README's table and docs/benchmarks.md of this checkout")
     chosen = parser.parse_args(arguments)
     try:
@@ -38,6 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.render:
             print("\n".join(str(path) for path in report.render_checkout(Path.cwd())))
             return 0
+        if chosen.compare:
+            report.load(chosen.compare)  # what is wrong with it shall be said now, not after the run
+        if chosen.stored:
+            return tell(report.load(chosen.stored), chosen.report, chosen.compare)
         chosen_cases = every_case(settings)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
@@ -55,15 +61,25 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--capability {chosen.capability}: this machine gives {fourfold.cpu_capability()}")
     if chosen.json is None and chosen.report is None:
         chosen.json, chosen.report = Path("fourfold-benchmarks.json"), Path("fourfold-benchmarks.html")
-    code = run(settings, chosen.json, chosen.report)
+    code = run(settings, chosen.json, chosen.report, chosen.compare)
     print("\n".join(f"wrote {path}" for path in (chosen.json, chosen.report) if path and path.exists()))
     return code
 
 
-def run(settings: Settings, json_path: Path | None, html_path: Path | None) -> int:
+def tell(document: report.Document, html_path: Path | None, old: Path | None) -> int:
+    """A stored run: its page, what changed since an older one, or without either what the terminal showed."""
+    if html_path is None and old is None:
+        print("\n".join([*report.headlines(document), *map(report.line, document["results"])]))
+    publish(document, html_path, old)
+    if html_path:
+        print(f"wrote {html_path}")
+    return 0
+
+
+def run(settings: Settings, json_path: Path | None, html_path: Path | None, old: Path | None = None) -> int:
     """The bench files under pytest, where pytest-benchmark drives, else in a plain loop. 0: every answer was right."""
     if find_spec("pytest") and find_spec("pytest_benchmark"):
-        return _run_pytest(settings, json_path, html_path)
+        return _run_pytest(settings, json_path, html_path, old)
     print("pytest-benchmark is missing, a plain loop drives the rounds (pip install 'fourfold[bench]')")
     runs = [(case, threads) for case in every_case(settings) for threads in settings.threads_of(case)]
     session = Session(settings, fourfold, len(runs))
@@ -72,7 +88,7 @@ def run(settings: Settings, json_path: Path | None, html_path: Path | None) -> i
         progress.run(case, threads)
         report.save(session, json_path)
     progress.close()
-    report.save(session, json_path, html_path)
+    publish(report.whole(session), html_path, old)
     return int(any(result["wrong"] for result in session.results))
 
 
@@ -83,7 +99,7 @@ class _NoDots:
         return ("passed", "", "") if report.passed and report.when == "call" else None
 
 
-def _run_pytest(settings: Settings, json_path: Path | None, html_path: Path | None) -> int:
+def _run_pytest(settings: Settings, json_path: Path | None, html_path: Path | None, old: Path | None) -> int:
     import pytest
 
     here = Path(__file__).parent
@@ -93,7 +109,8 @@ def _run_pytest(settings: Settings, json_path: Path | None, html_path: Path | No
     house += ["-p", "no:cacheprovider", "-q", "-s", "--no-header", "--disable-warnings"]
     house += ["--benchmark-only", "--benchmark-quiet"]
     files = [str(path) for path in bench_files(settings.family)]
-    ours = [f"--json={json_path}"] * bool(json_path) + [f"--report={html_path}"] * bool(html_path)
+    files_of_ours = {"--json": json_path, "--report": html_path, "--compare": old}
+    ours = [f"{name}={path}" for name, path in files_of_ours.items() if path]
     return int(pytest.main([*house, *to_arguments(settings), *ours, *files], plugins=[_NoDots()]))
 
 

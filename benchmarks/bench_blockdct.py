@@ -19,7 +19,7 @@ from fourfold.reference import blockdct as reference
 from torch import Tensor
 
 from . import cases as shapes
-from .harness import Call, Case, Contestant, Settings, Tolerance
+from .harness import Call, Case, Contestant, Settings, Tolerance, in_fresh_memory, needed, with_backward
 
 FAMILY = "blockdct"
 # Data are N(0, 1) and the transforms orthonormal, so results are too, up to |6|.
@@ -244,6 +244,20 @@ def scipy_dctn(p: Transform, state: str) -> Call:
     return call
 
 
+def torch_dct(p: Transform, state: str) -> Call:
+    """The library of that name, which goes through an FFT, on blocks side by side. Its like, dctorch, is the einsum."""
+    library, out = needed("torch_dct", "torch-dct"), p.landing(state)
+
+    def call() -> Tensor:
+        if p.inverse:
+            z = library.idct_2d(p.x.view(p.cells).permute(FROM_LAYOUT[p.layout]).transpose(3, 4), norm="ortho")
+            return lay_image(p, z.transpose(3, 4), out)
+        y = library.dct_2d(p.padded().view(p.grid).transpose(3, 4), norm="ortho").transpose(3, 4)
+        return p.lay(y.permute(TO_LAYOUT[p.layout]), out)
+
+    return call
+
+
 def compiled(make: Callable[[Transform, str], Call]) -> Callable[[Transform, str], Call]:
     """The torch.compile'd form; buffers are the compiler's own affair, so the contestant allocates in every state."""
 
@@ -342,6 +356,8 @@ def _rivals(settings: Settings, layout: str, freqs: bool, inverse: bool, compile
     yield Contestant("einsum", contraction)
     if settings.device == "cpu" and find_spec("scipy"):
         yield Contestant("scipy", scipy_dctn)
+    if compile_too:
+        yield Contestant("torch-dct", torch_dct)
     if compile_too and settings.compiles:
         yield Contestant("einsum, compiled", compiled(contraction))
         yield Contestant("two-pass GEMM, compiled", compiled(separable))
@@ -403,6 +419,56 @@ def _transform(
     )
 
 
+class Trained(Transform):
+    """With a gradient of x: the transform inside a network."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.x.requires_grad_()
+        self.grad = torch.randn(self.result, generator=torch.Generator().manual_seed(1)).to(self.device, self.dtype)
+
+    def tensors(self) -> list[Tensor]:
+        """What lives however long a contestant's backward pass is away."""
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+
+
+def backward(make: Callable[[Transform, str], Call], compiled: bool = False) -> Callable[[Trained, str], Call]:
+    """out= takes no part where a gradient is recorded."""
+
+    def made(p: Trained, state: str) -> Call:
+        forward = make(p, "heap")
+        return with_backward(torch.compile(forward, dynamic=False) if compiled else forward, [p.x], [p.grad])
+
+    return made
+
+
+def exactly_with_gradient(p: Trained) -> list[Tensor]:
+    exact = dataclasses.replace(p, dtype=torch.float64)
+    exact.x = p.x.detach().double().requires_grad_()
+    y = _reference(exact)
+    return [y.detach(), *torch.autograd.grad(y, [exact.x], [p.grad.double()])]
+
+
+def _with_backward(settings: Settings, shape: shapes.Shape, layout: str, inverse: bool, *, quick: bool = False) -> Case:
+    forward = _transform(settings, shape, layout, inverse=inverse, state="heap", quick=quick)
+    differentiable = [rival for rival in forward.rivals if rival.name != "scipy"]
+    rivals = [Contestant(rival.name, backward(rival.make)) for rival in differentiable]
+    if settings.compiles:
+        separable = two_pass_inverse if inverse else two_pass
+        rivals.append(Contestant("two-pass GEMM, compiled", backward(separable, compiled=True)))
+    return dataclasses.replace(
+        forward,
+        label=f"{forward.label}, forward and backward",
+        problem=lambda device: Trained(shape.size, 8, layout, None, torch.float32, device, inverse),
+        reference=exactly_with_gradient,
+        ours=Contestant("fourfold", backward(ours)),
+        rivals=tuple(rivals),
+        held=Trained.tensors,
+        bytes=2 * forward.bytes,  # the gradient's transform moves as much again
+        flops=2 * forward.flops,
+    )
+
+
 def _transforms(settings: Settings, inverse: bool) -> Iterator[Case]:
     make = functools.partial(_transform, settings, inverse=inverse)
     if settings.random_shapes:
@@ -416,7 +482,9 @@ def _transforms(settings: Settings, inverse: bool) -> Iterator[Case]:
             yield make(shape, layout, quick=quick, headline=shape is not shapes.POWER_OF_TWO, compile_too=True)
             yield make(shape, layout, state="heap", quick=quick and shape is shapes.CLASSIFIER and not inverse)
         yield make(shape, "interleaved", quick=shape is shapes.CLASSIFIER and not inverse)
-    yield make(shapes.LARGE, "planar", state="fresh")
+    yield dataclasses.replace(make(shapes.LARGE, "planar", state="fresh"), peak=True)
+    for layout in ("planar", "blocks"):
+        yield _with_backward(settings, shapes.CLASSIFIER, layout, inverse, quick=layout == "planar" and not inverse)
     for n in (2, 4, 16, 32):
         yield make(shapes.POWER_OF_TWO, "planar", n, quick=True, headline=True)
         yield make(shapes.POWER_OF_TWO, "blocks", n)
@@ -523,6 +591,50 @@ def _normalize(settings: Settings, shape: shapes.Shape, layout: str, state: str,
     )
 
 
+class TrainedStatistics(Quantised):
+    """With mean and std as parameters."""
+
+    def __init__(self, size: tuple[int, ...], layout: str, device: torch.device) -> None:
+        super().__init__(size, layout, device)
+        for parameter in (self.mean, self.std):
+            parameter.requires_grad_()
+        self.grad = torch.randn(self.result, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def tensors(self) -> list[Tensor]:
+        """What lives however long a contestant's backward pass is away."""
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+
+
+def _normalize_backward(make: Callable[[Quantised, str], Call]) -> Callable[[TrainedStatistics, str], Call]:
+    return lambda p, state: with_backward(make(p, state), [p.mean, p.std], [p.grad])
+
+
+def _normalized_with_gradients(p: TrainedStatistics) -> list[Tensor]:
+    mean, std = (t.detach().double().requires_grad_() for t in (p.mean, p.std))
+    y = reference.dct_normalize(p.coefs, p.qtable.double(), mean, std, None, p.layout, torch.float64)
+    return [y.detach(), *torch.autograd.grad(y, [mean, std], [p.grad.double()])]
+
+
+def _normalize_training(settings: Settings, shape: shapes.Shape, layout: str) -> Case:
+    rivals = [Contestant("eager chain", _normalize_backward(normalize_eager))]
+    if settings.compiles:
+        rivals.append(Contestant("eager chain, compiled", _normalize_backward(compiled(normalize_eager))))
+    case = _normalize(settings, shape, layout, "heap")
+    return dataclasses.replace(
+        case,
+        label=f"{case.label}, forward and backward of mean and std",
+        problem=lambda device: TrainedStatistics(shape.size, layout, device),
+        reference=_normalized_with_gradients,
+        ours=Contestant("fourfold", _normalize_backward(normalize_ours)),
+        rivals=tuple(rivals),
+        # A gradient is a sum over all blocks of all images.
+        tolerance=Tolerance(1e-4, 1e-4, of_rms=True),
+        held=TrainedStatistics.tensors,
+        bytes=case.bytes + math.prod(shape.size) * (2 + 4),
+        flops=2 * case.flops,
+    )
+
+
 def _normalizations(settings: Settings) -> Iterator[Case]:
     if settings.random_shapes:
         for image in shapes.random_images(settings.seed):
@@ -533,6 +645,8 @@ def _normalizations(settings: Settings) -> Iterator[Case]:
     for shape in (shapes.JPEG_SMALL, shapes.JPEG_LUMA):
         yield _normalize(settings, shape, "planar", "heap", quick=True, headline=True)
         yield _normalize(settings, shape, "blocks", "heap")
+    yield _normalize_training(settings, shapes.JPEG_SMALL, "planar")
+    yield in_fresh_memory(_normalize(settings, shapes.JPEG_LUMA, "planar", "heap"))
 
 
 # --- call overhead --------------------------------------------------------------------------------------------------------

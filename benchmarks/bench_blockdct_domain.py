@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import cases as shapes
 from .bench_blockdct import compiled, cosines
-from .harness import Call, Case, Contestant, Settings, Tolerance
+from .harness import Call, Case, Contestant, Settings, Tolerance, in_fresh_memory, with_backward
 
 FAMILY = "blockdct"
 EXACT = Tolerance(0.0, 0.0)
@@ -167,6 +167,46 @@ def _case(settings: Settings, operation: Operation, shape: shapes.Shape, **flags
     )
 
 
+class TrainedBlocks(Blocks):
+    """Float coefficients that a network gives, and the gradient of what `operation` makes of them."""
+
+    def __init__(self, size: tuple[int, ...], operation: Operation, device: torch.device) -> None:
+        super().__init__(size, torch.float32, device)
+        result = operation.exact(self.coefs).shape
+        self.grad = torch.randn(result, generator=torch.Generator().manual_seed(1)).to(device)
+        self.coefs.requires_grad_()
+
+    def tensors(self) -> list[Tensor]:
+        """What lives however long a contestant's backward pass is away."""
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+
+
+def _backward(make: Callable[[Blocks, str], Call]) -> Callable[[TrainedBlocks, str], Call]:
+    return lambda p, state: with_backward(make(p, state), [p.coefs], [p.grad])
+
+
+def _training(settings: Settings, operation: Operation, shape: shapes.Shape) -> Case:
+    operation = dataclasses.replace(operation, dtype=torch.float32)
+    case = _case(settings, operation, shape)
+
+    def exact(p: TrainedBlocks) -> list[Tensor]:
+        coefs = p.coefs.detach().double().requires_grad_()
+        y = operation.exact(coefs)
+        return [y.detach(), *torch.autograd.grad(y, [coefs], [p.grad.double()])]
+
+    return dataclasses.replace(
+        case,
+        label=f"{case.label}, forward and backward",
+        problem=functools.partial(TrainedBlocks, shape.size, operation),
+        reference=exact,
+        ours=Contestant("fourfold", _backward(operation.on_coefficients)),
+        rivals=tuple(Contestant(rival.name, _backward(rival.make)) for rival in case.rivals),
+        held=TrainedBlocks.tensors,
+        bytes=2 * case.bytes,
+        flops=2 * case.flops,
+    )
+
+
 def _overhead(operation: Operation) -> Case:
     """Four blocks; of a crop the view alone."""
     return Case(
@@ -198,6 +238,8 @@ def cases(settings: Settings) -> Iterator[Case]:
         yield _overhead(operation)
         yield _case(settings, operation, shapes.JPEG_SMALL, quick=True, headline=True)
         yield _case(settings, operation, shapes.JPEG_LUMA)
+        yield _training(settings, operation, shapes.JPEG_SMALL)
+        yield in_fresh_memory(_case(settings, operation, shapes.JPEG_LUMA))
 
 
 def test_speed(case: Case, threads: int, race: Callable[[Case, int], None]) -> None:

@@ -6,6 +6,7 @@ folded into their filters, made beforehand; what it needs on each call is the im
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from . import cases as shapes
 from .bench_blockdct import compiled, cosines
-from .harness import Call, Case, Contestant, Settings, Tolerance
+from .harness import Call, Case, Contestant, Settings, Tolerance, in_fresh_memory, with_backward
 
 FAMILY = "blockdct"
 # Coefficients reach 1024, and are sums of up to 768 products of a level and a weight.
@@ -205,6 +206,47 @@ def _to_dct(
     )
 
 
+def with_gradient_of_rgb(p: Images) -> list[Tensor]:
+    given = (p.options["subsampling"], p.options["layout"], p.options["freqs"], None, torch.float64)
+    rgb = p.rgb.detach().double().requires_grad_()
+    results = reference.rgb_to_dct(rgb, *given)
+    return [*(t.detach() for t in results), *torch.autograd.grad(results, [rgb], [g.double() for g in p.grads])]
+
+
+class TrainedImages(Images):
+    """Float images that a network before this one gives."""
+
+    def __init__(self, size: tuple[int, ...], device: torch.device) -> None:
+        super().__init__(size, "4:2:0", False, torch.float32, {}, device)
+        self.rgb.requires_grad_()
+        generator = torch.Generator().manual_seed(1)
+        counts = zip((64, 128), self.grids, strict=True)
+        self.grads = [torch.randn(size[0], f, *grid, generator=generator).to(device) for f, grid in counts]
+
+    def tensors(self) -> list[Tensor]:
+        """What lives however long a contestant's backward pass is away."""
+        return [*self.grads, *(value for value in vars(self).values() if isinstance(value, Tensor))]
+
+
+def of_rgb(make: Callable[[Images, str], Call]) -> Callable[[TrainedImages, str], Call]:
+    return lambda p, state: with_backward(make(p, state), [p.rgb], p.grads)
+
+
+def _to_dct_training(settings: Settings, shape: shapes.Shape) -> Case:
+    case = _to_dct(settings, shape, kind=torch.float32, compile_too=True)
+    return dataclasses.replace(
+        case,
+        label=f"{case.label}, forward and backward",
+        problem=functools.partial(TrainedImages, shape.size),
+        reference=with_gradient_of_rgb,
+        ours=Contestant("fourfold", of_rgb(to_dct)),
+        rivals=tuple(Contestant(rival.name, of_rgb(rival.make)) for rival in case.rivals),
+        held=TrainedImages.tensors,
+        bytes=2 * case.bytes,
+        flops=2 * case.flops,
+    )
+
+
 def _forward(settings: Settings) -> Iterator[Case]:
     if settings.random_shapes:
         for shape in _random_images(settings):
@@ -223,6 +265,8 @@ def _forward(settings: Settings) -> Iterator[Case]:
     yield make(dtype=torch.bfloat16)
     yield make(freqs=tuple(ff.zigzag(8)[:24].tolist()))
     yield _to_dct(settings, shapes.RAGGED)
+    yield _to_dct_training(settings, shapes.CLASSIFIER)
+    yield in_fresh_memory(_to_dct(settings, shapes.RETEST))
 
 
 def _random_images(settings: Settings) -> Iterator[shapes.Shape]:
@@ -331,6 +375,45 @@ def _to_rgb(settings: Settings, shape: shapes.Shape, **flags: bool) -> Case:
     )
 
 
+class TrainedCoefficients(Coefficients):
+    """Coefficients that a network gives, with a loss on pixels."""
+
+    def __init__(self, size: tuple[int, ...], device: torch.device) -> None:
+        super().__init__(size, device)
+        for leaf in (self.y, self.cbcr):
+            leaf.requires_grad_()
+        self.grad = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def tensors(self) -> list[Tensor]:
+        """What lives however long a contestant's backward pass is away."""
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+
+
+def _of_coefficients(make: Callable[[Coefficients, str], Call]) -> Callable[[TrainedCoefficients, str], Call]:
+    return lambda p, state: with_backward(make(p, state), [p.y, p.cbcr], [p.grad])
+
+
+def _with_gradient_of_coefficients(p: TrainedCoefficients) -> list[Tensor]:
+    y, cbcr = (t.detach().double().requires_grad_() for t in (p.y, p.cbcr))
+    image = reference.dct_to_rgb(y, cbcr, "4:2:0", p.size)
+    return [image.detach(), *torch.autograd.grad(image, [y, cbcr], [p.grad.double()])]
+
+
+def _to_rgb_training(settings: Settings, shape: shapes.Shape) -> Case:
+    case = _to_rgb(settings, shape)
+    return dataclasses.replace(
+        case,
+        label=f"{case.label}, forward and backward",
+        problem=functools.partial(TrainedCoefficients, shape.size),
+        reference=_with_gradient_of_coefficients,
+        ours=Contestant("fourfold", _of_coefficients(to_rgb)),
+        rivals=tuple(Contestant(rival.name, _of_coefficients(rival.make)) for rival in case.rivals),
+        held=TrainedCoefficients.tensors,
+        bytes=2 * case.bytes,
+        flops=2 * case.flops,
+    )
+
+
 def _back(settings: Settings) -> Iterator[Case]:
     if settings.random_shapes:
         for shape in _random_images(settings):
@@ -338,6 +421,8 @@ def _back(settings: Settings) -> Iterator[Case]:
         return
     yield _to_rgb(settings, shapes.CLASSIFIER, quick=True, headline=True)
     yield _to_rgb(settings, shapes.POWER_OF_TWO)
+    yield _to_rgb_training(settings, shapes.CLASSIFIER)
+    yield in_fresh_memory(_to_rgb(settings, shapes.POWER_OF_TWO))
 
 
 # --- call overhead --------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ scikit-learn, whose iterative CCA races where it ends within seconds.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from . import cases as shapes
 from . import svcca_numpy as published
-from .harness import Absent, Call, Case, Contestant, Settings, Tolerance
+from .harness import Absent, Call, Case, Contestant, Settings, Tolerance, in_fresh_memory, with_backward
 
 FAMILY = "cca"
 HIGH = Tolerance(1e-9, 1e-9)
@@ -28,6 +29,7 @@ SINGLE = Tolerance(1e-5, 1e-5)  # float32 all the way through
 FAST = Tolerance(1e-5, 1e-6)  # float32 products of float32 data: condition numbers are below 100
 GRADIENT = Tolerance(1e-6, 1e-6, of_rms=True)  # gradients are rounded to float32
 VARIANCE = 0.99
+COMPILED = shapes.PAIR.features  # of the pairs at which idioms race compiled as well: compiling takes seconds
 
 
 # --- activations ----------------------------------------------------------------------------------------------------------
@@ -74,6 +76,17 @@ def in_torch(compute: Callable[[Tensor, Tensor], Any], dtype: torch.dtype = torc
     return lambda p, state: lambda: compute(p.x.to(dtype), p.y.to(dtype))
 
 
+def compiled(settings: Settings, place: shapes.Pair, compute: Callable[[Tensor, Tensor], Any], name: str) -> list[Contestant]:
+    """What inductor makes of it: the factorisations stay library calls."""
+    if not settings.compiles or place.features != COMPILED:
+        return []
+
+    def make(p: Pair, state: str) -> Call:
+        return torch.compile(lambda: compute(p.x.double(), p.y.double()), dynamic=False, fullgraph=True)
+
+    return [Contestant(f"{name}, compiled", make)]
+
+
 rho_in_numpy = in_numpy(lambda x, y: published.canonical(x, y).rho)
 
 
@@ -114,7 +127,10 @@ def svcca_by_svd(x: Tensor, y: Tensor) -> Tensor:
 
 def whitening(gram: Tensor, variance: float | None = None) -> Tensor:
     """gram^-1/2 by eigh, of its leading directions where a share of the variance is given."""
-    w, v = torch.linalg.eigh(gram)
+    return _inverse_root(*torch.linalg.eigh(gram), variance)
+
+
+def _inverse_root(w: Tensor, v: Tensor, variance: float | None) -> Tensor:
     kept = len(w) if variance is None else kept_of(w.flip(0), variance)
     return v[:, -kept:] / w[-kept:].sqrt()
 
@@ -127,6 +143,21 @@ def by_gram(x: Tensor, y: Tensor, variance: float | None = None) -> Tensor:
 def _weighted(u: Tensor, rho: Tensor, basis: Tensor, x: Tensor) -> Tensor:
     weights = (u.T @ (basis.T @ x)).abs().sum(1)
     return (weights * rho).sum() / weights.sum()
+
+
+def svcca_compiled(p: Pair, state: str) -> Call:
+    """All but the choice of directions, whose number is in the data."""
+
+    @functools.partial(torch.compile, dynamic=False, fullgraph=True)
+    def products() -> tuple[Tensor, ...]:
+        x, y = centred(p.x.double()), centred(p.y.double())
+        return *torch.linalg.eigh(x.T @ x), x.T @ y, *torch.linalg.eigh(y.T @ y)
+
+    def call() -> Tensor:
+        wx, vx, xy, wy, vy = products()
+        return torch.linalg.svdvals(_inverse_root(wx, vx, VARIANCE).T @ xy @ _inverse_root(wy, vy, VARIANCE))
+
+    return call
 
 
 def pwcca_by_qr(x: Tensor, y: Tensor) -> Tensor:
@@ -256,6 +287,7 @@ def _cca(settings: Settings, place: shapes.Pair, **flags: bool) -> Case:
     ]
     if place.features <= (64 if settings.quick else 512):
         rivals.append(Contestant("QR + svdvals, float64", in_torch(by_qr)))  # always behind the Gram; 8 s at 1024 x 20000
+    rivals += compiled(settings, place, by_gram, "Gram + eigh, float64")
     if place.features <= 64 and not settings.quick:
         rivals.append(Contestant("scikit-learn's CCA", by_sklearn, Tolerance(1e-3, 0.0), tensors=_of_numpy))
     return _pair_case(
@@ -307,9 +339,11 @@ def _cca_fast(place: shapes.Pair, **flags: bool) -> Case:
     )
 
 
-def _svcca(place: shapes.Pair, **flags: bool) -> Case:
+def _svcca(settings: Settings, place: shapes.Pair, **flags: bool) -> Case:
     truncated = functools.partial(by_gram, variance=VARIANCE)
     rivals = [Contestant("Gram + eigh, float64", in_torch(truncated))]
+    if settings.compiles and place.features == COMPILED:
+        rivals.append(Contestant("Gram + eigh, float64, compiled", svcca_compiled))
     if place.features <= 512:  # an SVD of every sample takes half a minute at 1024 x 20000
         rivals += [
             Contestant("SVD of each, then the reference, numpy", in_numpy(published.svcca), SINGLE, tensors=_of_numpy),
@@ -325,7 +359,7 @@ def _svcca(place: shapes.Pair, **flags: bool) -> Case:
     )
 
 
-def _pwcca(place: shapes.Pair, **flags: bool) -> Case:
+def _pwcca(settings: Settings, place: shapes.Pair, **flags: bool) -> Case:
     return _pair_case(
         "pwcca",
         place,
@@ -334,13 +368,14 @@ def _pwcca(place: shapes.Pair, **flags: bool) -> Case:
         rivals=(
             Contestant("reference algorithm, weights repaired, numpy", in_numpy(published.pwcca), REFERENCE, tensors=_of_numpy),
             Contestant("Gram + eigh, float64", in_torch(pwcca_by_gram)),
+            *compiled(settings, place, pwcca_by_gram, "Gram + eigh, float64"),
             *[Contestant("QR + svd, float64", in_torch(pwcca_by_qr))] * (place.features <= 512),
         ),
         **flags,
     )
 
 
-def _cka(place: shapes.Pair, **flags: bool) -> Case:
+def _cka(settings: Settings, place: shapes.Pair, **flags: bool) -> Case:
     of_kernels = cka_of_kernels(kernel, hsic_biased)
     return _pair_case(
         "cka",
@@ -350,6 +385,7 @@ def _cka(place: shapes.Pair, **flags: bool) -> Case:
         rivals=(
             Contestant("n x n matrices, float64", in_torch(of_kernels)),
             Contestant("d x d matrices, float64", in_torch(cka_of_features)),
+            *compiled(settings, place, cka_of_features, "d x d matrices, float64"),
         ),
         **flags,
     )
@@ -389,7 +425,7 @@ def _cka_rbf(place: shapes.Pair, **flags: bool) -> Case:
     )
 
 
-def _features(op: str, place: shapes.Pair, **flags: bool) -> Case:
+def _features(settings: Settings, op: str, place: shapes.Pair, **flags: bool) -> Case:
     """procrustes and rv."""
     compute = procrustes_of_features if op == "procrustes" else cka_of_features
     return _pair_case(
@@ -397,7 +433,10 @@ def _features(op: str, place: shapes.Pair, **flags: bool) -> Case:
         place,
         reference=exactly(compute),
         ours=Contestant("fourfold", lambda p, state: lambda: getattr(ff, op)(p.x, p.y)),
-        rivals=(Contestant("d x d matrices, float64", in_torch(compute)),),
+        rivals=(
+            Contestant("d x d matrices, float64", in_torch(compute)),
+            *compiled(settings, place, compute, "d x d matrices, float64"),
+        ),
         **flags,
     )
 
@@ -417,9 +456,25 @@ def _mean_by_qr(x: Tensor, y: Tensor) -> Tensor:
     return by_qr(x, y).mean()
 
 
+def _mean_by_svd(x: Tensor, y: Tensor) -> Tensor:
+    return svcca_by_svd(x, y).mean()
+
+
+def _weights_held(x: Tensor, y: Tensor) -> Tensor:
+    """PWCCA by QR; the weights of the correlations are constants in backward."""
+    x, y = centred(x), centred(y)
+    basis = torch.linalg.qr(x)[0]
+    u, rho, _ = torch.linalg.svd(basis.T @ torch.linalg.qr(y)[0])
+    weights = (u.T @ (basis.T @ x)).abs().sum(1).detach()
+    return (weights * rho).sum() / weights.sum()
+
+
 LOSSES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor], str]] = {
     "cca": (lambda x, y: ff.cca(x, y).mean, _mean_by_qr, "autograd through QR and svdvals"),
+    "svcca": (lambda x, y: ff.svcca(x, y, variance=VARIANCE).mean, _mean_by_svd, "autograd through SVDs"),
+    "pwcca": (ff.pwcca, _weights_held, "autograd through QR and svd"),
     "cka": (ff.cka, cka_of_features, "autograd through d x d matrices"),
+    "rv": (ff.rv, cka_of_features, "autograd through d x d matrices"),
     "procrustes": (ff.procrustes, procrustes_of_features, "autograd through svdvals"),
 }
 
@@ -462,6 +517,7 @@ class Layers:
         for _ in range(count):
             h = (0.8 * h + 0.6 * torch.randn(samples, features, generator=generator)).relu()
             self.layers.append(h.to(device))
+        self.one = torch.ones((), dtype=torch.float64, device=device)
 
 
 def every_pair(layers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -471,6 +527,10 @@ def every_pair(layers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     matrix = torch.stack([torch.stack(row) for row in rows])
     own = matrix.diagonal().sqrt()
     return matrix / (own[:, None] * own)
+
+
+def every_pair_compiled(p: Layers, state: str) -> Call:
+    return torch.compile(lambda: every_pair(p.layers, torch.float64), dynamic=False, fullgraph=True)
 
 
 def loop_of_cka(p: Layers, state: str) -> Call:
@@ -489,11 +549,18 @@ def loop_of_cka(p: Layers, state: str) -> Call:
     return call
 
 
-def _all_cka(count: int, samples: int, features: int, precision: str = "high", **flags: bool) -> Case:
+def _all_cka(settings: Settings, count: int, samples: int, features: int, precision: str = "high", **flags: bool) -> Case:
     def ours(p: Layers, state: str) -> Call:
         named = dict(enumerate(p.layers))
         return lambda: ff.cka_matrix(named, unbiased=True, precision=precision).matrix  # type: ignore[arg-type]
 
+    rivals = [
+        # ReLUs have means: in float32 these cancel badly without centring.
+        Contestant("torch_cka's loop, float32", loop_of_cka, Tolerance(2e-2, 0.0)),
+        Contestant("every kernel once, float64", lambda p, state: lambda: every_pair(p.layers, torch.float64)),
+    ]
+    if settings.compiles and count <= 4:  # of twelve layers inductor unrolls 144 products
+        rivals.append(Contestant("every kernel once, float64, compiled", every_pair_compiled))
     words = ', precision="fast"' if precision == "fast" else ""
     return Case(
         family=FAMILY,
@@ -502,16 +569,48 @@ def _all_cka(count: int, samples: int, features: int, precision: str = "high", *
         problem=functools.partial(Layers, count, samples, features),
         reference=lambda p: every_pair(p.layers, torch.float64),
         ours=Contestant("fourfold", ours),
-        rivals=(
-            # ReLUs have means: in float32 these cancel badly without centring.
-            Contestant("torch_cka's loop, float32", loop_of_cka, Tolerance(2e-2, 0.0)),
-            Contestant("every kernel once, float64", lambda p, state: lambda: every_pair(p.layers, torch.float64)),
-        ),
+        rivals=tuple(rivals),
         tolerance=FAST if precision == "fast" else HIGH,
         state="heap",
         handles=(count * (count + 1) // 2, "pairs"),
         source="torch_cka on one batch of 128 images; a layer of 8192 is 32 channels of 16 x 16",
         **flags,
+    )
+
+
+def _all_cka_training(settings: Settings, count: int, samples: int, features: int) -> Case:
+    """The mean over all pairs as a loss."""
+
+    def leaves(p: Layers) -> list[Tensor]:
+        return [t.detach().requires_grad_() for t in p.layers]
+
+    def ours(p: Layers, state: str) -> Call:
+        layers = leaves(p)
+        named = {str(index): t for index, t in enumerate(layers)}
+
+        def mean() -> Tensor:
+            return ff.cka_matrix(named, unbiased=True).matrix.mean()
+
+        return with_backward(mean, layers, [p.one])
+
+    def plain(p: Layers, state: str) -> Call:
+        layers = leaves(p)
+        return with_backward(lambda: every_pair(layers, torch.float64).mean(), layers, [p.one])
+
+    def exact(p: Layers) -> list[Tensor]:
+        layers = [t.double().requires_grad_() for t in p.layers]
+        value = every_pair(layers, torch.float64).mean()
+        return [value.detach(), *torch.autograd.grad(value, layers)]
+
+    case = _all_cka(settings, count, samples, features)
+    return dataclasses.replace(
+        case,
+        label=f"{case.label}, forward and backward of the mean",
+        reference=exact,
+        ours=Contestant("fourfold", ours),
+        rivals=(Contestant("autograd through every kernel once, float64", plain),),
+        held=lambda p: p.layers,
+        tolerance=GRADIENT,
     )
 
 
@@ -537,6 +636,7 @@ class Images:
         y = mixed(causes.mul_(0.7).add_(torch.randn(causes.shape, generator=generator), alpha=0.7))
         self.x, self.y = x.to(device), y.to(device)
         self.side = side
+        self.one = torch.ones((), dtype=torch.float64, device=device)
 
     @functools.cached_property
     def places(self) -> Tensor:
@@ -643,6 +743,39 @@ def _dft(samples: int, channels: int, side: int, source: str, **flags: bool) -> 
     )
 
 
+def _mean_over_frequencies(x: Tensor, y: Tensor) -> Tensor:
+    """By QR, every frequency as it comes."""
+    spectra = (torch.fft.fft2(t - t.mean(0)).flatten(2).permute(2, 0, 1) for t in (x, y))
+    bases = [torch.linalg.qr(t)[0] for t in spectra]
+    return torch.linalg.svdvals(bases[0].mH @ bases[1]).mean()
+
+
+def _dft_loss(samples: int, channels: int, side: int, source: str) -> Case:
+    def exact(p: Images) -> list[Tensor]:
+        x, y = (t.detach().double().requires_grad_() for t in (p.x, p.y))
+        value = _mean_over_frequencies(x, y)
+        return [value.detach(), *torch.autograd.grad(value, [x, y])]
+
+    def ours(p: Images, state: str) -> Call:
+        x, y = (t.detach().requires_grad_() for t in (p.x, p.y))
+        return with_backward(lambda: ff.dft_cca(x, y), [x, y], [p.one])
+
+    def plain(p: Images, state: str) -> Call:
+        x, y = (t.detach().requires_grad_() for t in (p.x, p.y))
+        return with_backward(lambda: _mean_over_frequencies(x.double(), y.double()), [x, y], [p.one])
+
+    case = _dft(samples, channels, side, source)
+    return dataclasses.replace(
+        case,
+        label=f"{case.label}, forward and backward",
+        reference=exact,
+        ours=Contestant("fourfold", ours),
+        rivals=(Contestant("autograd through fft2 and batched QR, complex128", plain),),
+        held=lambda p: [p.x, p.y],
+        tolerance=GRADIENT,
+    )
+
+
 # --- call overhead --------------------------------------------------------------------------------------------------------
 
 TINY = shapes.Pair(4, 64, "so small that only the call costs")
@@ -699,29 +832,39 @@ def cases(settings: Settings) -> Iterator[Case]:
     if settings.random_shapes:
         for place in shapes.random_pairs(settings.seed):
             yield _cca(settings, place, quick=True)
-            yield _svcca(place, quick=True)
+            yield _svcca(settings, place, quick=True)
         return
     yield from _overheads()
     for place in shapes.PAIRS:
         narrow, wanted = place == shapes.NARROW_PAIR, place in (shapes.PAIR, shapes.WIDE_PAIR)
         yield _cca(settings, place, quick=narrow or place == shapes.PAIR, headline=wanted)
         yield _cca_fast(place, quick=narrow, headline=wanted)
-        yield _svcca(place, quick=narrow, headline=wanted)
-        yield _pwcca(place, quick=narrow, headline=wanted)
+        yield _svcca(settings, place, quick=narrow, headline=wanted)
+        yield _pwcca(settings, place, quick=narrow, headline=wanted)
     for place in (shapes.NARROW_PAIR, shapes.PAIR):
         narrow = place == shapes.NARROW_PAIR
-        yield _cka(place._replace(samples=min(place.samples, 4000)), quick=narrow, headline=not narrow)
+        yield _cka(settings, place._replace(samples=min(place.samples, 4000)), quick=narrow, headline=not narrow)
         yield _cka_unbiased(place._replace(samples=1000 if narrow else 2000), quick=narrow, headline=not narrow)
         for op in ("procrustes", "rv"):
-            yield _features(op, place, quick=narrow, headline=not narrow)
+            yield _features(settings, op, place, quick=narrow, headline=not narrow)
         for op in LOSSES:
-            yield _loss(op, place, quick=narrow and op != "procrustes")
+            yield _loss(op, place, quick=narrow and op in {"cca", "cka"})
     yield _cka_rbf(shapes.NARROW_PAIR._replace(samples=500), quick=True)
     yield _cka_rbf(shapes.PAIR._replace(samples=5000), headline=True)
     for precision in ("fast", "high"):
-        yield _all_cka(4, 64, 512, precision, quick=True)
-        yield _all_cka(12, 128, 8192, precision, headline=True)
+        yield _all_cka(settings, 4, 64, 512, precision, quick=True)
+        yield _all_cka(settings, 12, 128, 8192, precision, headline=True)
+    yield _all_cka_training(settings, 4, 128, 2048)
+    yield in_fresh_memory(_all_cka(settings, 12, 128, 8192))
+    yield in_fresh_memory(_cca(settings, shapes.PAIR))
+    yield in_fresh_memory(_svcca(settings, shapes.PAIR))
+    yield in_fresh_memory(_pwcca(settings, shapes.PAIR))
+    yield in_fresh_memory(_cka(settings, shapes.PAIR._replace(samples=4000)))
+    for op in ("procrustes", "rv"):
+        yield in_fresh_memory(_features(settings, op, shapes.PAIR))
     yield _dft(400, 16, 8, "small maps", quick=True)
+    yield _dft_loss(400, 16, 8, "small maps, as a loss")
+    yield in_fresh_memory(_dft(2000, 64, 16, "a CIFAR network's middle layers on 2000 images"))
     yield _dft(2000, 64, 32, "a CIFAR network's first layers on 2000 images", headline=True)
 
 

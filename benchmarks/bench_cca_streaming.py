@@ -25,6 +25,7 @@ from .bench_cca import (
     SINGLE,
     VARIANCE,
     basis_by_svd,
+    by_gram,
     centred,
     cka_of_features,
     exact_basis,
@@ -32,7 +33,7 @@ from .bench_cca import (
     spectrum,
     whitening,
 )
-from .harness import Call, Case, Contestant, Settings, Tolerance
+from .harness import Call, Case, Contestant, Settings, Tolerance, needed
 
 FAMILY = "cca"
 PAIRS_TIMED = 5  # of the reference loop, scaled to all
@@ -49,7 +50,7 @@ class Network:
         generator = torch.Generator().manual_seed(0)
         scales = spectrum(features)
         causes = torch.randn(samples, features, generator=generator)
-        self.batch, self.layers = batch, {}
+        self.batch, self.device, self.layers = batch, device, {}
         for index in range(count):
             causes.mul_(0.9).add_(torch.randn(causes.shape, generator=generator), alpha=math.sqrt(1 - 0.9**2))
             weight = torch.randn(features, features, generator=generator) / math.sqrt(features)
@@ -157,7 +158,7 @@ def exact_covariances(p: Network) -> Tensor:
     return inner / (own[:, None] * own)
 
 
-def side_by_side(dtype: torch.dtype) -> Callable[[Network, str], Call]:
+def side_by_side(dtype: torch.dtype, compiled: bool = False) -> Callable[[Network, str], Call]:
     """All samples at once, and all of the product."""
 
     def make(p: Network, state: str) -> Call:
@@ -165,7 +166,7 @@ def side_by_side(dtype: torch.dtype) -> Callable[[Network, str], Call]:
             x = centred(torch.cat(list(p.layers.values()), 1).to(dtype))
             return x.T @ x
 
-        return call
+        return torch.compile(call, dynamic=False, fullgraph=True) if compiled else call
 
     return make
 
@@ -198,9 +199,12 @@ def exact_half(p: Network) -> Tensor:
     return x.T @ x
 
 
-def _update(count: int, features: int, samples: int, batch: int, precision: str, **flags: bool) -> Case:
+def _update(settings: Settings, count: int, features: int, samples: int, batch: int, precision: str, **flags: bool) -> Case:
     dtype = torch.float64 if precision == "high" else torch.float32
     width, name = count * features, str(dtype).removeprefix("torch.")
+    rivals = {f"side by side, one {name} matmul": side_by_side(dtype)}
+    if settings.compiles:
+        rivals[f"side by side, one {name} matmul, compiled"] = side_by_side(dtype, compiled=True)
     return Case(
         family=FAMILY,
         op="StreamingCCA.update",
@@ -212,13 +216,9 @@ def _update(count: int, features: int, samples: int, batch: int, precision: str,
             lambda p, state: lambda: stream(p, precision),
             tensors=lambda accumulator: accumulator.compute("rv").matrix,
         ),
-        rivals=(
-            Contestant(
-                f"side by side, one {name} matmul",
-                side_by_side(dtype),
-                HIGH if precision == "high" else SINGLE,
-                tensors=functools.partial(rv_of_gram, count),
-            ),
+        rivals=tuple(
+            Contestant(rival, make, HIGH if precision == "high" else SINGLE, tensors=functools.partial(rv_of_gram, count))
+            for rival, make in rivals.items()
         ),
         yardsticks=(
             Contestant(
@@ -379,14 +379,22 @@ def collect_in_numpy(p: Stream, state: str) -> Call:
     return call
 
 
-def by_hand(p: Stream, state: str) -> Call:
-    """Sums of products batch by batch, in float64."""
+def moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums, and sums of products, in float64."""
+    samples = torch.cat([as_samples(x), as_samples(y)], 1).double()
+    return samples.sum(0), samples.T @ samples
+
+
+def by_hand(p: Stream, state: str, compiled: bool = False) -> Call:
+    """Sums of products batch by batch."""
+    of_batch = torch.compile(moments, dynamic=False, fullgraph=True) if compiled else moments
 
     def call() -> Tensor:
         total, gram, n = 0.0, 0.0, 0
         for index in range(p.count):
-            samples = torch.cat([as_samples(t) for t in p.batch(index)], 1).double()
-            total, gram, n = total + samples.sum(0), gram + samples.T @ samples, n + len(samples)
+            x, y = p.batch(index)
+            of_x, of_xx = of_batch(x, y)
+            total, gram, n = total + of_x, gram + of_xx, n + x.numel() // x.shape[1]
         return mean_of_moments(gram - torch.outer(total, total) / n)
 
     return call
@@ -409,8 +417,14 @@ def exact_stream(p: Stream) -> Tensor:
     return mean_of_moments(torch.stack([(part - mean).T @ (part - mean) for part in samples()]).sum(0))
 
 
-def _memory(images: int, channels: int, side: int, precision: str, **flags: bool) -> Case:
+def _memory(settings: Settings, images: int, channels: int, side: int, precision: str, **flags: bool) -> Case:
     size = 2 * images * channels * side**2 * 4
+    rivals = [
+        Contestant("collect all, then the reference algorithm, numpy", collect_in_numpy, REFERENCE, tensors=torch.tensor),
+        Contestant("float64 sums of permuted batches", by_hand),
+    ]
+    if settings.compiles:
+        rivals.append(Contestant("float64 sums of permuted batches, compiled", functools.partial(by_hand, compiled=True)))
     return Case(
         family=FAMILY,
         op="StreamingCCA",
@@ -418,15 +432,93 @@ def _memory(images: int, channels: int, side: int, precision: str, **flags: bool
         problem=functools.partial(Stream, images, channels, side),
         reference=exact_stream,
         ours=Contestant("fourfold", stream_ours(precision)),
-        rivals=(
-            Contestant("collect all, then the reference algorithm, numpy", collect_in_numpy, REFERENCE, tensors=torch.tensor),
-            Contestant("float64 sums of permuted batches", by_hand),
-        ),
+        rivals=tuple(rivals),
         tolerance=HIGH if precision == "high" else FAST,
         state="fresh",
         peak=True,
         handles=(images, "images"),
         source=f"batches of {Stream.BATCH}; at full size, --match '{FULL_SIZE} images', the reference takes 16 GB",
+        **flags,
+    )
+
+
+# --- a torchmetrics metric ---------------------------------------------------------------------------------------------------
+
+
+def metric_ours(p: Network, state: str) -> Call:
+    needed("torchmetrics", "torchmetrics")
+
+    def call() -> Tensor:
+        metric = ff.metrics.CCAMetric("cca").to(p.device)
+        for x, y in pairs_of_batches(p):
+            metric.update(x, y)
+        return metric.compute()
+
+    return call
+
+
+def pairs_of_batches(p: Network) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in p.batches():
+        x, y = batch.values()
+        yield x, y
+
+
+def metric_of_lists(p: Network, state: str) -> Call:
+    """All activations kept by two of torchmetrics' metrics, and whitened at the end."""
+    metrics = needed("torchmetrics", "torchmetrics")
+
+    def call() -> Tensor:
+        kept = [metrics.CatMetric(nan_strategy="disable").to(p.device) for _ in range(2)]
+        for batch in pairs_of_batches(p):
+            for metric, t in zip(kept, batch, strict=True):
+                metric.update(t)
+        return by_gram(*(metric.compute().double() for metric in kept)).mean()
+
+    return call
+
+
+def metric_of_covariances(p: Network, state: str) -> Call:
+    """The Fréchet distance's sums for both layers, float64 as well; of x with y it keeps nothing."""
+    distance = needed("torchmetrics.image.fid", "torchmetrics").FrechetInceptionDistance
+    as_it_comes = nn.Identity()
+    as_it_comes.num_features = next(iter(p.layers.values())).shape[1]
+
+    def call() -> list[Tensor]:
+        metric = distance(feature=as_it_comes).to(p.device)
+        for x, y in pairs_of_batches(p):
+            metric.update(x, real=True)
+            metric.update(y, real=False)
+        return [metric.real_features_cov_sum, metric.fake_features_cov_sum]
+
+    return call
+
+
+def exact_metric(p: Network) -> Tensor:
+    return exact_pairs(p)[0, 1]
+
+
+def exact_products(p: Network) -> list[Tensor]:
+    return [t.double().T @ t.double() for t in p.layers.values()]
+
+
+def _metric(features: int, samples: int, batch: int, **flags: bool) -> Case:
+    """Of torchmetrics' own metrics none compares activations; the rival collects with one, the yardstick is one that sums."""
+    return Case(
+        family=FAMILY,
+        op="metrics.CCAMetric",
+        label=f'"cca", {features}x{samples} in batches of {batch}',
+        problem=functools.partial(Network, 2, features, samples, batch),
+        reference=exact_metric,
+        ours=Contestant("fourfold", metric_ours),
+        rivals=(Contestant("two torchmetrics.CatMetric, then Gram + eigh, float64", metric_of_lists),),
+        yardsticks=(
+            Contestant("torchmetrics' FrechetInceptionDistance.update", metric_of_covariances, reference=exact_products),
+        ),
+        tolerance=HIGH,
+        state="fresh",
+        peak=True,
+        handles=(samples, "samples"),
+        source="two layers of a CIFAR network on its test set, in the batches that a validation loop has",
         **flags,
     )
 
@@ -540,17 +632,19 @@ def cases(settings: Settings) -> Iterator[Case]:
     for precision in ("high", "fast"):
         yield _all_pairs(20, 256, 10000, 1000, precision, headline=True)
     yield _all_pairs(20, 256, 10000, 250, "high")
-    yield _update(6, 64, 4000, 1000, "high", quick=True)
+    yield _update(settings, 6, 64, 4000, 1000, "high", quick=True)
     for precision in ("high", "fast"):
-        yield _update(20, 256, 10000, 1000, precision, headline=True)
+        yield _update(settings, 20, 256, 10000, 1000, precision, headline=True)
     for place in shapes.RESIDUAL_MAPS:
         yield _gram(place, torch.bfloat16, quick=place == shapes.RESIDUAL_MAPS[0], headline=True)
     yield _gram(shapes.RESIDUAL_MAPS[1], torch.float16)
-    yield _memory(64, 32, 14, "high", quick=True)
+    yield _memory(settings, 64, 32, 14, "high", quick=True)
     for precision in ("high", "fast"):
-        yield _memory(384, 128, 28, precision, headline=True)
+        yield _memory(settings, 384, 128, 28, precision, headline=True)
         if settings.match is not None and f"{FULL_SIZE} images" in settings.match:
-            yield _memory(FULL_SIZE, 128, 28, precision)
+            yield _memory(settings, FULL_SIZE, 128, 28, precision)
+    yield _metric(64, 2000, 250, quick=True)
+    yield _metric(256, 10000, 250)
     yield _compare((16, 24), 2, 2, quick=True)
     yield _compare((32, 48), 4, 6, headline=True)
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cases as shapes
-from .harness import Call, Case, Contestant, Group, Settings, Tolerance
+from .harness import Call, Case, Contestant, Group, Settings, Tolerance, in_fresh_memory, with_backward
 
 FAMILY = "coordconv"
 # A weight's gradient sums up to 131 072 products, so errors are measured against a tensor's own size.
@@ -172,12 +172,13 @@ def published_coordinates(x: Tensor) -> Tensor:
     return coords.repeat(len(x), *[1] * coords.dim())
 
 
-def _concat(p: Problem, concatenated: Callable[[], Tensor]) -> Call:
+def _concat(p: Problem, concatenated: Callable[[], Tensor], compiled: bool = False) -> Call:
     def forward() -> Tensor:
         y = p.convolve(concatenated(), p.both, p.bias)
         return y.relu_() if p.mode.relu else y
 
-    call = _call(p, forward, [p.both, p.bias, *p.input_leaf()])
+    run = torch.compile(forward, dynamic=False, fullgraph=True) if compiled else forward
+    call = _call(p, run, [p.both, p.bias, *p.input_leaf()])
     if not p.mode.backward:
         return call
 
@@ -194,6 +195,10 @@ def concat_published(p: Problem, state: str) -> Call:
 
 def concat_best(p: Problem, state: str) -> Call:
     return _concat(p, lambda: torch.cat([p.x, p.kept], 1))
+
+
+def concat_best_compiled(p: Problem, state: str) -> Call:
+    return _concat(p, lambda: torch.cat([p.x, p.kept], 1), compiled=True)
 
 
 # --- references -----------------------------------------------------------------------------------------------------------
@@ -265,6 +270,9 @@ def _convolution(
     quick: bool = False,
 ) -> Case:
     words = f", {mode.name}" * (mode != BARE)
+    rivals = [Contestant("concat at its best", concat_best), Contestant("concat as published", concat_published)]
+    if settings.compiles and not grouped:  # among the groups, one is of compiled forms
+        rivals.append(Contestant("concat at its best, compiled", concat_best_compiled))
     return Case(
         family=FAMILY,
         op=_op_name(layer),
@@ -272,7 +280,7 @@ def _convolution(
         problem=functools.partial(Problem, layer, dtype, mode, mode.backward),
         reference=with_coordinates,
         ours=Contestant("fourfold", ours),
-        rivals=(Contestant("concat at its best", concat_best), Contestant("concat as published", concat_published)),
+        rivals=tuple(rivals),
         tolerance=BFLOAT16 if dtype == torch.bfloat16 else FLOAT32,
         yardsticks=tuple(_yardsticks(settings, layer, mode)),
         group=mode.group(dtype) if grouped else None,
@@ -300,6 +308,9 @@ def _convolutions(settings: Settings) -> Iterator[Case]:
     for layer in (shapes.SERIES, shapes.VOLUME, shapes.DECODER):
         for mode in (BARE, WITH_RELU, BACKWARD):
             yield _convolution(settings, layer, mode, grouped=False, quick=mode == WITH_RELU)
+    yield _convolution(settings, shapes.WIDE_3X3, BACKWARD, grouped=False)
+    for layer in (shapes.SERIES, shapes.WIDE_3X3, shapes.VOLUME, shapes.DECODER):
+        yield in_fresh_memory(_convolution(settings, layer, WITH_RELU, grouped=False))
 
 
 # --- add_coords -----------------------------------------------------------------------------------------------------------
@@ -308,13 +319,23 @@ def _convolutions(settings: Settings) -> Iterator[Case]:
 class Image:
     """An input for add_coords."""
 
-    def __init__(self, size: tuple[int, ...], channels_last: bool, dtype: torch.dtype, device: torch.device) -> None:
-        x = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    def __init__(
+        self, size: tuple[int, ...], channels_last: bool, dtype: torch.dtype, device: torch.device, *, gradient: bool = False
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(size, generator=generator)
         kept = coordinates(size[2:], torch.float32, device)
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.x, self.kept = (
             t.to(device, dtype).contiguous(memory_format=memory_format) for t in (x, kept.expand(size[0], *kept.shape))
         )
+        self.x.requires_grad_(gradient)
+        self.grad = torch.randn(size[0], size[1] + len(kept), *size[2:], generator=generator).to(device, dtype)
+        self.grad = self.grad.contiguous(memory_format=memory_format)
+
+    def tensors(self) -> list[Tensor]:
+        """What lives however long a contestant's backward pass is away."""
+        return [self.x, self.kept, self.grad]
 
 
 def _with_coords(x: Tensor) -> Tensor:
@@ -323,19 +344,56 @@ def _with_coords(x: Tensor) -> Tensor:
     return torch.cat([x.double(), coords.expand(len(x), *coords.shape)], 1)
 
 
-def _add_coords(shape: tuple[int, ...], source: str, channels_last: bool, dtype: torch.dtype, **flags: bool) -> Case:
+def add_to(p: Image, state: str) -> Call:
+    return functools.partial(ff.add_coords, p.x)
+
+
+def cat_kept(p: Image, state: str) -> Call:
+    return lambda: torch.cat([p.x, p.kept], 1)
+
+
+def cat_published(p: Image, state: str) -> Call:
+    return lambda: torch.cat([p.x, published_coordinates(p.x)], 1)
+
+
+def compiled(make: Callable[[Image, str], Call]) -> Callable[[Image, str], Call]:
+    return lambda p, state: torch.compile(make(p, state), dynamic=False, fullgraph=True)
+
+
+def gradient_of_image(make: Callable[[Image, str], Call]) -> Callable[[Image, str], Call]:
+    return lambda p, state: with_backward(make(p, state), [p.x], [p.grad])
+
+
+def with_coords_and_gradient(p: Image) -> list[Tensor]:
+    """The gradient of a copy is the part of it that x got."""
+    return [_with_coords(p.x.detach()), p.grad[:, : p.x.shape[1]].double()]
+
+
+def _add_coords(
+    settings: Settings,
+    shape: tuple[int, ...],
+    source: str,
+    channels_last: bool,
+    dtype: torch.dtype,
+    *,
+    backward: bool = False,
+    **flags: bool,
+) -> Case:
     name = "x".join(map(str, shape))
+    rivals = {"cat with kept coordinates": cat_kept, "as published": cat_published}
+    if settings.compiles:
+        rivals["as published, compiled"] = compiled(cat_published)
+    form = gradient_of_image if backward else (lambda make: make)
     return Case(
         family=FAMILY,
         op="add_coords",
-        label=f"{'channels_last' if channels_last else 'contiguous'} {name} {name_of(dtype)}",
-        problem=functools.partial(Image, shape, channels_last, dtype),
-        reference=lambda p: _with_coords(p.x),
-        ours=Contestant("fourfold", lambda p, state: functools.partial(ff.add_coords, p.x)),
-        rivals=(
-            Contestant("cat with kept coordinates", lambda p, state: lambda: torch.cat([p.x, p.kept], 1)),
-            Contestant("as published", lambda p, state: lambda: torch.cat([p.x, published_coordinates(p.x)], 1)),
-        ),
+        label=f"{'channels_last' if channels_last else 'contiguous'} {name} {name_of(dtype)}"
+        + ", forward and backward" * backward,
+        problem=functools.partial(Image, shape, channels_last, dtype, gradient=backward),
+        reference=with_coords_and_gradient if backward else (lambda p: _with_coords(p.x)),
+        ours=Contestant("fourfold", form(add_to)),
+        rivals=tuple(Contestant(name, form(make)) for name, make in rivals.items()),
+        held=Image.tensors if backward else None,
         tolerance=Tolerance(1e-6, 2**-8 if dtype == torch.bfloat16 else 1e-6),
         state="heap",
         bytes=(2 * math.prod(shape) + shape[0] * (len(shape) - 2) * math.prod(shape[2:])) * dtype.itemsize,
@@ -347,14 +405,16 @@ def _add_coords(shape: tuple[int, ...], source: str, channels_last: bool, dtype:
 def _additions(settings: Settings) -> Iterator[Case]:
     if settings.random_shapes:
         for layer in shapes.random_layers(settings.seed):
-            yield _add_coords(layer.input, layer.source, True, torch.float32, quick=True)
+            yield _add_coords(settings, layer.input, layer.source, True, torch.float32, quick=True)
         return
     layer = shapes.SQUARE_1X1
     for channels_last in (True, False):
         for dtype in (torch.float32, torch.bfloat16):
             quick = channels_last and dtype == torch.float32
-            yield _add_coords(layer.input, layer.source, channels_last, dtype, quick=quick, headline=channels_last)
-    yield _add_coords(shapes.PAPER.input, shapes.PAPER.source, True, torch.float32)
+            yield _add_coords(settings, layer.input, layer.source, channels_last, dtype, quick=quick, headline=channels_last)
+    yield _add_coords(settings, shapes.PAPER.input, shapes.PAPER.source, True, torch.float32)
+    yield _add_coords(settings, layer.input, layer.source, True, torch.float32, backward=True)
+    yield in_fresh_memory(_add_coords(settings, layer.input, layer.source, True, torch.float32))
 
 
 # --- call overhead --------------------------------------------------------------------------------------------------------

@@ -31,26 +31,19 @@ from torch import Tensor, nn
 
 from . import cases as shapes
 from .bench_blockdct_rgb import colours
-from .harness import Absent, Call, Case, Contestant, Settings, Tolerance
+from .harness import Absent, Call, Case, Contestant, Settings, Tolerance, in_fresh_memory, needed
 
 FAMILY = "jpeg"
 EXACT = Tolerance(0.0, 0.0)
 # Decoders compute in integers: the transform, chroma between its samples and colour are rounded, one after the other.
 LEVELS = Tolerance(4.0, 0.0)
+REENCODED = Tolerance(8.0, 0.25)
 NORMALISED = Tolerance(1e-4, 1e-5)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, in 0..1
 NORMALISED_LEVELS = Tolerance(LEVELS.absolute / 255 / min(STD), 1e-5)
 
 File = bytes
 Files = Sequence[File]
-
-
-def needed(module: str, package: str, why: str = "") -> Any:
-    """The module, or Absent with what would help."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise Absent(f"not installed (pip install {package}){why}") from error
 
 
 def check_own_reader() -> None:
@@ -142,21 +135,64 @@ void read_files(int count, const unsigned char *const *data, const size_t *sizes
 """
 
 
+# Appended to the loop: files are opened and read outside the clock, and written as often as wanted.
+WRITER = """
+static struct jpeg_error_mgr errors;
+
+void *open_file(const unsigned char *data, size_t size, void **planes) {
+  struct jpeg_decompress_struct *info = malloc(sizeof *info);
+  info->err = jpeg_std_error(&errors);
+  jpeg_create_decompress(info);
+  jpeg_mem_src(info, data, size);
+  jpeg_read_header(info, TRUE);
+  *planes = jpeg_read_coefficients(info);
+  return info;
+}
+
+void close_file(void *info) {
+  jpeg_destroy_decompress(info);
+  free(info);
+}
+
+// written[i]: file i anew, in memory of malloc; what is there from before is freed.
+void write_files(int count, void *const *infos, void *const *planes, int optimize, unsigned char **written,
+                 unsigned long *sizes) {
+  for (int i = 0; i < count; ++i) {
+    struct jpeg_compress_struct info;
+    struct jpeg_error_mgr own;
+    info.err = jpeg_std_error(&own);
+    jpeg_create_compress(&info);
+    free(written[i]);
+    written[i] = NULL;
+    sizes[i] = 0;
+    jpeg_mem_dest(&info, &written[i], &sizes[i]);
+    jpeg_copy_critical_parameters(infos[i], &info);
+    info.optimize_coding = optimize;
+    jpeg_write_coefficients(&info, planes[i]);
+    jpeg_finish_compress(&info);
+    jpeg_destroy_compress(&info);
+  }
+}
+"""
+
+
 @functools.cache
 def bare_loop() -> ctypes.CDLL:
-    """LOOP, compiled now by the system's compiler against the system's libjpeg; Absent where that fails."""
+    """LOOP and WRITER, compiled now by the system's compiler against the system's libjpeg; Absent where that fails."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise Absent("no C compiler found; install one, or name it with CC")
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder) / "loop.c", Path(folder) / "loop.so"
-        source.write_text(LOOP)
+        source.write_text(LOOP + WRITER)
         command = [*compiler.split(), "-O3", "-shared", "-fPIC", "-o", str(library), str(source), "-ljpeg"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             said = next((line for line in done.stderr.splitlines() if "error" in line or "cannot find" in line), "no message")
             raise Absent(f"{compiler} can't build it ({said.split(':', 3)[-1].strip()}); install libjpeg-turbo's headers")
-        return ctypes.CDLL(str(library))
+        loaded = ctypes.CDLL(str(library))
+    loaded.open_file.restype = ctypes.c_void_p
+    return loaded
 
 
 class Loop:
@@ -207,11 +243,15 @@ class Album:
 
     @functools.cached_property
     def coefficients(self) -> list[Tensor]:
-        """The integers in the files as libjpeg says, or where the loop can't be built as we say."""
+        """The integers in the files."""
+        return self.read(self.files)
+
+    def read(self, given: Files) -> list[Tensor]:
+        """The integers in files of this size and sampling as libjpeg says, or where the loop can't be built as we say."""
         try:
-            return Loop(self.files, [self.grids] * len(self.files))().tensors()
+            return Loop(given, [self.grids] * len(given))().tensors()
         except Absent:
-            return in_blocks([ff.jpeg.read(file) for file in self.files])
+            return in_blocks([ff.jpeg.read(file) for file in given])
 
     @functools.cached_property
     def pixels(self) -> list[Tensor]:
@@ -372,6 +412,220 @@ def _readings(settings: Settings) -> Iterator[Case]:
         usual = photos.quality == 90 and photos.sampling == "4:2:0" and not photos.progressive
         if usual:
             yield _reading(photos._replace(count=shapes.BATCH), batch=True, quick=small, headline=True)
+            yield in_fresh_memory(_reading(photos._replace(count=shapes.BATCH), batch=True))
+
+
+# --- writing coefficients -------------------------------------------------------------------------------------------------
+
+
+class Shelf(Album):
+    """Files read already, to be written again: their coefficients as each library holds them."""
+
+    def __init__(self, photos: shapes.Photos, optimize: bool, device: torch.device) -> None:
+        super().__init__(photos, device)
+        self.optimize = optimize
+
+
+Written = tuple[Shelf, Files]
+
+
+def coefficients_written(result: Written) -> list[Tensor]:
+    shelf, written = result
+    return shelf.read(written)
+
+
+def write_ours(p: Shelf, state: str) -> Call:
+    check_own_reader()
+    images = [ff.jpeg.read(file) for file in p.files]
+    return lambda: (p, [ff.jpeg.write(image, optimize=p.optimize) for image in images])
+
+
+class Writer:
+    """libjpeg's own structures of some files, from which it writes them; lives as long as its results are wanted."""
+
+    def __init__(self, given: Files, optimize: bool) -> None:
+        self.library, self.given, self.optimize = bare_loop(), given, optimize
+        count = len(given)
+        self.infos, self.planes = (ctypes.c_void_p * count)(), (ctypes.c_void_p * count)()
+        self.written, self.sizes = (ctypes.c_void_p * count)(), (ctypes.c_ulong * count)()
+        for i, file in enumerate(given):
+            slot = ctypes.c_void_p()
+            self.infos[i] = self.library.open_file(file, ctypes.c_size_t(len(file)), ctypes.byref(slot))
+            self.planes[i] = slot.value
+        weakref.finalize(self, _close, self.library, list(self.infos))
+
+    def __call__(self) -> Writer:
+        self.library.write_files(len(self.given), self.infos, self.planes, int(self.optimize), self.written, self.sizes)
+        return self
+
+    def files(self) -> list[File]:
+        """Copies."""
+        return [ctypes.string_at(place, size) for place, size in zip(self.written, self.sizes, strict=True)]
+
+
+def _close(library: ctypes.CDLL, infos: list[int]) -> None:
+    for info in infos:
+        library.close_file(ctypes.c_void_p(info))
+
+
+def write_bare(p: Shelf, state: str) -> Call:
+    writer = Writer(p.files, p.optimize)
+    return lambda: (p, writer())
+
+
+def of_writer(result: tuple[Shelf, Writer]) -> list[Tensor]:
+    shelf, writer = result
+    return shelf.read(writer.files())
+
+
+def write_jpeglib(p: Shelf, state: str) -> Call:
+    """To paths: it takes nothing else."""
+    images = [needed("jpeglib", "jpeglib").read_dct(path) for path in p.paths]
+    for image in images:
+        image.load()  # it reads a file when it is first asked
+    targets = [f"{path}.written" for path in p.paths]
+    flags = ["+OPTIMIZE_CODING" if p.optimize else "-OPTIMIZE_CODING"]
+
+    def call() -> tuple[Shelf, list[str]]:
+        for image, target in zip(images, targets, strict=True):
+            image.write_dct(target, flags=flags)
+        return p, targets
+
+    return call
+
+
+def of_paths(result: tuple[Shelf, list[str]]) -> list[Tensor]:
+    shelf, paths = result
+    return shelf.read([Path(path).read_bytes() for path in paths])
+
+
+def encode_simplejpeg(p: Shelf, state: str) -> Call:
+    """From pixels, as one does without coefficients."""
+    jpeg = needed("simplejpeg", "simplejpeg")
+    images = [jpeg.decode_jpeg(file) for file in p.files]
+    sampling = p.photos.sampling.replace(":", "")
+    return lambda: (
+        p,
+        [jpeg.encode_jpeg(image, quality=p.photos.quality, colorsubsampling=sampling) for image in images],
+    )
+
+
+def encode_pillow(p: Shelf, state: str) -> Call:
+    """From pixels, as one does without coefficients."""
+    module = needed("PIL.Image", "pillow")
+    images = [module.open(io.BytesIO(file)).convert("RGB") for file in p.files]
+
+    def encode(image: Any) -> File:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=p.photos.quality, subsampling=p.photos.sampling, optimize=p.optimize)
+        return file.getvalue()
+
+    return lambda: (p, [encode(image) for image in images])
+
+
+def _writing(photos: shapes.Photos, optimize: bool, *, quick: bool = False, headline: bool = False) -> Case:
+    return Case(
+        family=FAMILY,
+        op="jpeg.write",
+        label=f"{photos}, {'own Huffman tables' if optimize else 'standard Huffman tables'}",
+        problem=functools.partial(Shelf, photos, optimize),
+        reference=in_files,
+        ours=Contestant("fourfold", write_ours, tensors=coefficients_written),
+        rivals=(
+            Contestant("libjpeg-turbo in a C loop", write_bare, tensors=of_writer),
+            Contestant("jpeglib", write_jpeglib, tensors=of_paths),
+            # What was decoded is rounded, and its chroma brought to full size and back: coefficients differ by a few steps.
+            Contestant("simplejpeg from RGB", encode_simplejpeg, REENCODED, tensors=coefficients_written),
+            Contestant("Pillow from RGB", encode_pillow, REENCODED, tensors=coefficients_written),
+        ),
+        tolerance=EXACT,
+        state="heap",
+        handles=(photos.count, "images"),
+        threaded=False,
+        source=photos.source,
+        quick=quick,
+        headline=headline,
+    )
+
+
+def _writings(settings: Settings) -> Iterator[Case]:
+    if settings.random_shapes:
+        return
+    for photos in shapes.PHOTOS:
+        if photos.quality == 90 and photos.sampling == "4:2:0" and not photos.progressive:
+            for optimize in (True, False):
+                yield _writing(photos, optimize, quick=photos.width == 224 and optimize, headline=True)
+
+
+# --- statistics of many files ---------------------------------------------------------------------------------------------
+
+
+def stats_ours(p: Album, state: str) -> Call:
+    check_own_reader()
+    return lambda: ff.jpeg.frequency_stats(p.files, threads=torch.get_num_threads(), progress=False)
+
+
+def _stats_of(read: Callable[[], Sequence[Sequence[Tensor]]], tables: Sequence[Sequence[Tensor]]) -> Call:
+    """read() gives each file's components [h, w, 64]; sums in float64, file by file."""
+
+    def call() -> tuple[Tensor, Tensor]:
+        total, squares, count = torch.zeros(3, 64).double(), torch.zeros(3, 64).double(), torch.zeros(3, 1).double()
+        for components, of_file in zip(read(), tables, strict=True):
+            for c, (component, table) in enumerate(zip(components, of_file, strict=True)):
+                values = component.reshape(-1, 64) * table
+                total[c] += values.sum(0)
+                squares[c] += values.square().sum(0)
+                count[c] += len(values)
+        mean = total / count
+        std = (squares / count - mean.square()).clamp(min=0).sqrt()
+        return mean, torch.where(std == 0, 1.0, std)
+
+    return call
+
+
+def stats_one_by_one(p: Album, state: str) -> Call:
+    check_own_reader()
+    return _stats_of(lambda: [ff.jpeg.read(file).components for file in p.files], list(map(tables_of, p.files)))
+
+
+def stats_jpeglib(p: Album, state: str) -> Call:
+    read = read_jpeglib(p, state)
+
+    def components() -> list[list[Tensor]]:
+        return [[torch.from_numpy(plane).flatten(2) for plane in planes] for planes in read()]
+
+    return _stats_of(components, list(map(tables_of, p.files)))
+
+
+def exact_stats(p: Album) -> tuple[Tensor, Tensor]:
+    means, stds = [], []
+    tables = list(map(tables_of, p.files))
+    for c in range(3):
+        blocks = [p.coefficients[3 * i + c].reshape(-1, 64) * table[c] for i, table in enumerate(tables)]
+        std, mean = torch.std_mean(torch.cat(blocks), 0, correction=0)
+        means.append(mean)
+        stds.append(torch.where(std == 0, 1.0, std))
+    return torch.stack(means), torch.stack(stds)
+
+
+def _stats(photos: shapes.Photos, *, quick: bool = False) -> Case:
+    return Case(
+        family=FAMILY,
+        op="jpeg.frequency_stats",
+        label=str(photos),
+        problem=functools.partial(Album, photos),
+        reference=exact_stats,
+        ours=Contestant("fourfold", stats_ours),
+        rivals=(
+            Contestant("jpeg.read, one by one, then torch", stats_one_by_one),
+            Contestant("jpeglib, then torch", stats_jpeglib),
+        ),
+        tolerance=Tolerance(1e-3, 1e-5),  # the result is float32, of values up to 1000
+        state="heap",
+        handles=(photos.count, "images"),
+        source=photos.source,
+        quick=quick,
+    )
 
 
 # --- ready batches --------------------------------------------------------------------------------------------------------
@@ -487,9 +741,7 @@ def pixel_batch(p: Pipeline) -> Tensor:
     return torch.stack(p.pixels).permute(0, 3, 1, 2) * p.gain.double().view(3, 1, 1) + p.offset.double().view(3, 1, 1)
 
 
-def _pipelines(settings: Settings) -> Iterator[Case]:
-    if settings.random_shapes:
-        return
+def _pipeline(settings: Settings) -> Case:
     photos = next(p for p in shapes.PHOTOS if p.width == 224)._replace(count=shapes.BATCH)
     by_pixels = [
         Contestant(f"{name} to RGB, {how}", functools.partial(load, how), NORMALISED_LEVELS, pixel_batch)
@@ -497,7 +749,7 @@ def _pipelines(settings: Settings) -> Iterator[Case]:
         for how in (CHANNELS_LAST, BY_IMAGE, BY_BATCH)
         if how != CHANNELS_LAST or not settings.quick
     ]
-    yield Case(
+    return Case(
         family=FAMILY,
         op="jpeg.DctDataset",
         label=f"{photos}, normalised float32 batch",
@@ -687,7 +939,11 @@ def _networks(settings: Settings) -> Iterator[Case]:
 def cases(settings: Settings) -> Iterator[Case]:
     if settings.device == "cpu":  # files are the processor's work
         yield from _readings(settings)
-        yield from _pipelines(settings)
+        yield from _writings(settings)
+        if not settings.random_shapes:
+            yield _stats(next(p for p in shapes.PHOTOS if p.width == 224)._replace(count=shapes.BATCH), quick=True)
+            yield _pipeline(settings)
+            yield in_fresh_memory(_pipeline(settings))
     yield from _networks(settings)
 
 

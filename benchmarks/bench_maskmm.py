@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import fourfold as ff
 import numpy
@@ -21,7 +22,7 @@ from fourfold.reference import maskmm as reference
 from torch import Tensor
 
 from . import cases as shapes
-from .harness import Call, Case, Contestant, Group, Settings, Tolerance
+from .harness import Call, Case, Contestant, Group, Settings, Tolerance, in_fresh_memory
 
 FAMILY = "maskmm"
 SEED = 2019
@@ -416,6 +417,9 @@ def _layers(settings: Settings) -> Iterator[Case]:
         for mode in (FIXED, BERNOULLI, EDGE_POPUP):
             last = layer is shapes.CONV6[-1]
             yield make(layer, mode, quick=last and mode is not BERNOULLI, headline=last)
+    for mode in (FIXED, BERNOULLI):
+        yield in_fresh_memory(make(shapes.PROJECTION, mode))
+        yield in_fresh_memory(make(shapes.CONV6[-1], mode))
 
 
 # --- masks alone ----------------------------------------------------------------------------------------------------------
@@ -506,8 +510,12 @@ def unpack_torch(p: Scores, state: str) -> Call:
     return lambda: ((p.bits[..., None] >> shifts) & 1).flatten(1).view(torch.bool)
 
 
-def _compiled(make: Callable[[Scores, str], Call]) -> Callable[[Scores, str], Call]:
+def _compiled(make: Callable[[Any, str], Call]) -> Callable[[Any, str], Call]:
     return lambda p, state: torch.compile(make(p, state), dynamic=False, fullgraph=True)
+
+
+def by_cut(p: Scores, state: str) -> Call:
+    return lambda: by_kthvalue(p.scores.abs(), p.keep)
 
 
 def bools(p: Scores, state: str) -> Call:
@@ -532,6 +540,8 @@ def _rivals_of_topk(settings: Settings, weight: shapes.Linear) -> Iterator[Conte
         yield Contestant(name, lambda p, state, draw=draw: lambda: draw(p.scores.abs(), p.keep), tensors=packed)
     if settings.device == "cpu":
         yield Contestant("numpy partition", partition_numpy, tensors=packed)
+    if settings.compiles:
+        yield Contestant("kthvalue, compiled", _compiled(by_cut), tensors=packed)
 
 
 def _rivals_of_threshold(settings: Settings, weight: shapes.Linear) -> Iterator[Contestant]:
@@ -633,6 +643,10 @@ def _masks(settings: Settings) -> Iterator[Case]:
             yield _mask_of_scores(settings, sampler, weight, **flags)
         for op in ("pack_mask", "unpack_mask"):
             yield _bits(settings, op, weight, **flags)
+    for sampler in SAMPLERS:
+        yield in_fresh_memory(_mask_of_scores(settings, sampler, shapes.FEED_FORWARD))
+    for op in ("pack_mask", "unpack_mask"):
+        yield in_fresh_memory(_bits(settings, op, shapes.FEED_FORWARD))
 
 
 # --- masks from what training did -----------------------------------------------------------------------------------------
@@ -683,6 +697,8 @@ def _criterion(settings: Settings, weight: shapes.Linear, **flags: bool) -> Case
     rivals = [Contestant("torch.topk of the smallest", pruned_by_topk, tensors=packed)]
     rivals += [Contestant("kthvalue", kept_by_kthvalue, tensors=packed)]
     rivals += [Contestant("numpy sort", cut_by_numpy, tensors=packed)] * (settings.device == "cpu")
+    if settings.compiles:
+        rivals.append(Contestant("kthvalue, compiled", _compiled(kept_by_kthvalue), tensors=packed))
     return Case(
         family=FAMILY,
         op="mask_from_criterion",
@@ -706,6 +722,7 @@ def _criteria(settings: Settings) -> Iterator[Case]:
         return
     for weight in (shapes.SQUARE, shapes.FEED_FORWARD):
         yield _criterion(settings, weight, quick=weight is shapes.SQUARE)
+    yield in_fresh_memory(_criterion(settings, shapes.FEED_FORWARD))
 
 
 # --- call overhead --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ weights are flushed, calls take turns over copies that no cache holds together, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -24,8 +25,7 @@ from fourfold.reference import maskmm as reference
 from torch import Tensor
 
 from . import cases as shapes
-from .bench_jpeg import needed
-from .harness import Call, Case, Contestant, Group, Settings, Tolerance
+from .harness import Call, Case, Contestant, Group, Settings, Tolerance, in_fresh_memory, needed, with_backward
 
 FAMILY = "maskmm"
 FLOAT32 = Tolerance(1e-4, 1e-5, of_rms=True)
@@ -94,6 +94,11 @@ def dense_bfloat16(p: Pruned) -> Prepared:
 def times_numbers(p: Pruned) -> Prepared:
     weight, numbers = p.weight.clone(), p.numbers.clone()
     return lambda: F.linear(p.x, weight * numbers), weight.nbytes + numbers.nbytes
+
+
+def times_numbers_compiled(p: Pruned) -> Prepared:
+    run, size = times_numbers(p)
+    return torch.compile(run, dynamic=False, fullgraph=True), size
 
 
 def as_csr(dense: Tensor) -> Tensor:
@@ -198,6 +203,8 @@ def _exactly_rounded(p: Pruned) -> Tensor:
 
 def _rivals(settings: Settings, place: shapes.Linear, density: float, dtype: torch.dtype) -> Iterator[Contestant]:
     narrow = dtype == torch.bfloat16
+    if settings.compiles and density == 0.1:  # it costs the same at every density
+        yield Contestant("weight * float mask, compiled", hot(times_numbers_compiled))
     yield Contestant(f"dense in {name_of(dtype)}" * narrow or "dense", hot(dense))
     if narrow:
         yield Contestant("fourfold in float32", hot(ours_float32))
@@ -295,6 +302,7 @@ def _inferences(settings: Settings) -> Iterator[Case]:
     for format in ("bitmap", "csr16"):  # noqa: A001
         for density in (0.5, 0.3, 0.1):
             yield _with_flushed_weights(settings, density, format)
+    yield in_fresh_memory(_inference(settings, shapes.PROJECTION._replace(batch=8), 0.1, grouped=False))
 
 
 # --- retraining: what is kept goes on learning ----------------------------------------------------------------------------
@@ -331,18 +339,18 @@ def retrain_compiled(p: Pruned, state: str) -> Call:
     return _retrain(p, torch.compile(lambda: F.linear(p.x, p.weight * p.numbers), dynamic=False, fullgraph=True))
 
 
-def _retrained(p: Pruned) -> list[Tensor]:
+def retrained(p: Pruned) -> list[Tensor]:
     """The result and the gradients of the whole weight and of x, in float64."""
     grad, x = p.grad.double(), p.x.detach().double()
     return [_exactly(p), (grad.t() @ x) * p.mask, grad @ p.kept.double()]
 
 
-def _retrained_values(p: Pruned) -> list[Tensor]:
-    y, of_weight, of_x = _retrained(p)
+def retrained_values(p: Pruned) -> list[Tensor]:
+    y, of_weight, of_x = retrained(p)
     return [y, of_weight[p.mask][None], of_x]
 
 
-def _values_as_a_row(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def values_as_a_row(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Results are compared row by row: values as one row, not one by one."""
     y, of_values, of_x = results
     return y, of_values[None], of_x
@@ -357,9 +365,9 @@ def _retraining(settings: Settings, place: shapes.Linear, density: float, **flag
         op="sparse_linear",
         label=f"{place.rows}x{place.columns}, density {density}",
         problem=functools.partial(Pruned, place, density, torch.float32, True),
-        reference=_retrained_values,
-        ours=Contestant("fourfold", retrain_ours, tensors=_values_as_a_row),
-        rivals=tuple(Contestant(name, make, reference=_retrained) for name, make in rivals),
+        reference=retrained_values,
+        ours=Contestant("fourfold", retrain_ours, tensors=values_as_a_row),
+        rivals=tuple(Contestant(name, make, reference=retrained) for name, make in rivals),
         tolerance=FLOAT32,
         group=Group(f"retraining, M={place.batch}"),
         held=Pruned.tensors,
@@ -407,6 +415,10 @@ def selected(p: Pairs, state: str) -> Call:
     return lambda: (p.a @ p.b.t())[p.mask]
 
 
+def taken_compiled(p: Pairs, state: str) -> Call:
+    return torch.compile(taken(p, state), dynamic=False, fullgraph=True)
+
+
 def taken(p: Pairs, state: str) -> Call:
     """With the flat indices of the pairs kept beside the mask."""
     places = p.mask.flatten().nonzero()[:, 0]
@@ -423,6 +435,13 @@ def _as_a_row(values: Tensor) -> Tensor:
 
 def _sddmm(settings: Settings, place: shapes.Linear, density: float, **flags: bool) -> Case:
     weights, count = place.rows * place.columns, int(place.rows * place.columns * density)
+    rivals = [
+        Contestant("sampled_addmm", sampled_addmm, tensors=_as_a_row),
+        Contestant("all products, those of the mask", selected, tensors=_as_a_row),
+        Contestant("all products, those of kept indices", taken, tensors=_as_a_row),
+    ]
+    if settings.compiles and density == 0.1:  # it makes all products at every density
+        rivals.append(Contestant("all products, those of kept indices, compiled", taken_compiled, tensors=_as_a_row))
     return Case(
         family=FAMILY,
         op="sddmm",
@@ -430,17 +449,58 @@ def _sddmm(settings: Settings, place: shapes.Linear, density: float, **flags: bo
         problem=functools.partial(Pairs, place, density),
         reference=_pairs_exactly,
         ours=Contestant("fourfold", sddmm_ours, tensors=_as_a_row),
-        rivals=(
-            Contestant("sampled_addmm", sampled_addmm, tensors=_as_a_row),
-            Contestant("all products, those of the mask", selected, tensors=_as_a_row),
-            Contestant("all products, those of kept indices", taken, tensors=_as_a_row),
-        ),
+        rivals=tuple(rivals),
         tolerance=FLOAT32,
         state="heap",
         bytes=4 * (place.batch * (place.rows + place.columns) + count) + weights // 8,
         flops=2 * place.batch * count,
         source=place.source + ": the gradient of its kept weights",
         **flags,
+    )
+
+
+class TrainedPairs(Pairs):
+    """Rows that are learned, as in attention on a mask; the gradients of the products are a row."""
+
+    def __init__(self, place: shapes.Linear, density: float, device: torch.device) -> None:
+        super().__init__(place, density, device)
+        self.grad = torch.randn(self.count, generator=torch.Generator().manual_seed(1)).to(device)
+        for leaf in (self.a, self.b):
+            leaf.requires_grad_()
+
+    def tensors(self) -> list[Tensor]:
+        """What lives however long a contestant's backward pass is away."""
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+
+
+def _of_rows(make: Callable[[Pairs, str], Call]) -> Callable[[TrainedPairs, str], Call]:
+    return lambda p, state: with_backward(make(p, state), [p.a, p.b], [p.grad])
+
+
+def _pairs_with_gradients(p: TrainedPairs) -> list[Tensor]:
+    a, b, of_all = p.a.detach().double(), p.b.detach().double(), torch.zeros(p.mask.shape, dtype=torch.float64)
+    of_all = of_all.to(a.device).masked_scatter(p.mask, p.grad.double())
+    return [(a @ b.t())[p.mask][None], of_all @ b, of_all.t() @ a]
+
+
+def _first_as_a_row(results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return results[0][None], *results[1:]
+
+
+def _sddmm_training(settings: Settings, place: shapes.Linear, density: float) -> Case:
+    # sampled_addmm's own gradient wants sparse tensors throughout.
+    case = _sddmm(settings, place, density)
+    rivals = [Contestant(rival.name, _of_rows(rival.make), tensors=_first_as_a_row) for rival in case.rivals[1:]]
+    return dataclasses.replace(
+        case,
+        label=f"{case.label}, forward and backward",
+        problem=functools.partial(TrainedPairs, place, density),
+        reference=_pairs_with_gradients,
+        ours=Contestant("fourfold", _of_rows(sddmm_ours), tensors=_first_as_a_row),
+        rivals=tuple(rivals),
+        held=TrainedPairs.tensors,
+        bytes=3 * case.bytes,
+        flops=3 * case.flops,
     )
 
 
@@ -454,6 +514,8 @@ def _sddmms(settings: Settings) -> Iterator[Case]:
             for density in (0.2, 0.1, 0.05, 0.02):
                 chosen = weight is shapes.SQUARE and density == 0.1
                 yield _sddmm(settings, weight._replace(batch=m), density, quick=chosen and m == 64, headline=chosen)
+    yield _sddmm_training(settings, shapes.SQUARE, 0.1)
+    yield in_fresh_memory(_sddmm(settings, shapes.PROJECTION, 0.05))
 
 
 # --- compress -------------------------------------------------------------------------------------------------------------
@@ -493,6 +555,37 @@ def _compression(settings: Settings, place: shapes.Linear, density: float, forma
     )
 
 
+def _kept_of(gather: Callable[[Pruned], Tensor]) -> Callable[[Pruned, str], Call]:
+    """The kept values of a weight, and its gradient where theirs are all 1."""
+
+    def make(p: Pruned, state: str) -> Call:
+        ones = torch.ones(int(p.mask.sum()), device=p.weight.device)
+        return with_backward(lambda: gather(p), [p.weight], [ones])
+
+    return make
+
+
+def _compression_training(settings: Settings, place: shapes.Linear, density: float) -> Case:
+    """No torch.compile: how many values there are is known from the mask alone."""
+    rivals = [
+        Contestant("weight[mask]", _kept_of(lambda p: p.weight[p.mask]), tensors=_first_as_a_row),
+        Contestant("masked_select", _kept_of(lambda p: p.weight.masked_select(p.mask)), tensors=_first_as_a_row),
+    ]
+    case = _compression(settings, place, density, "bitmap")
+    return dataclasses.replace(
+        case,
+        label=f"{case.label}, forward and backward",
+        problem=functools.partial(Pruned, place, density, torch.float32, True),
+        reference=lambda p: [p.weight.detach()[p.mask][None].double(), p.mask.double()],
+        ours=Contestant(
+            "fourfold", _kept_of(lambda p: ff.compress(p.weight, p.bits, format="bitmap").values), tensors=_first_as_a_row
+        ),
+        rivals=tuple(rivals),
+        held=Pruned.tensors,
+        bytes=2 * case.bytes,
+    )
+
+
 def _compressions(settings: Settings) -> Iterator[Case]:
     if settings.random_shapes:
         for place in shapes.random_linears(settings.seed):
@@ -501,6 +594,8 @@ def _compressions(settings: Settings) -> Iterator[Case]:
     for format in ("auto", "bitmap", "csr16", "slab"):  # noqa: A001
         yield _compression(settings, shapes.FEED_FORWARD, 0.1, format, quick=format == "auto")
         yield _compression(settings, shapes.PROJECTION, 0.1, format)
+    yield _compression_training(settings, shapes.FEED_FORWARD, 0.1)
+    yield in_fresh_memory(_compression(settings, shapes.PROJECTION, 0.1, "bitmap"))
 
 
 # --- call overhead --------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ ready in the form that each one wants.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -19,7 +20,7 @@ from fourfold.reference import maskmm as reference
 from torch import Tensor
 
 from . import cases as shapes
-from .harness import Call, Case, Contestant, Settings, Tolerance
+from .harness import Call, Case, Contestant, Settings, Tolerance, in_fresh_memory, with_backward
 
 FAMILY = "maskmm"
 # A gradient of alpha sums up N x K products.
@@ -45,7 +46,7 @@ class Superposition:
 
     def __init__(self, place: shapes.Linear, tasks: int, gradient: bool, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(0)
-        shape = (place.rows, place.columns)
+        self.place, shape = place, (place.rows, place.columns)
         self.bools = random_masks(tasks, shape, device)
         self.bits, self.numbers = pack_masks(self.bools), self.bools.float()
         self.x = torch.randn(place.batch, place.columns, generator=generator).to(device)
@@ -102,7 +103,7 @@ def superposed(summed: Callable[[Tensor, Tensor], Tensor], compiled: bool = Fals
     return make
 
 
-def _superposed_exactly(p: Superposition) -> list[Tensor]:
+def superposed_exactly(p: Superposition) -> list[Tensor]:
     """In float64, mask by mask: all of them would not fit."""
     weight = p.weight.double()
     total = torch.zeros_like(weight)
@@ -127,7 +128,7 @@ def _superposition(settings: Settings, place: shapes.Linear, tasks: int, **flags
         op="superposed_linear",
         label=f"{place}, {tasks} masks, gradient of alpha",
         problem=functools.partial(Superposition, place, tasks, True),
-        reference=_superposed_exactly,
+        reference=superposed_exactly,
         ours=Contestant("fourfold", superposed_ours),
         rivals=tuple(rivals),
         tolerance=FLOAT32,
@@ -168,6 +169,10 @@ def by_bmm(p: Samples, state: str) -> Call:
     return lambda: torch.bmm(p.weight * p.numbers[p.task], p.x[..., None])[..., 0]
 
 
+def by_bmm_compiled(p: Samples, state: str) -> Call:
+    return torch.compile(by_bmm(p, state), dynamic=False, fullgraph=True)
+
+
 def _by_task(p: Samples, weight_of: Callable[[int], Tensor]) -> Call:
     def call() -> Tensor:
         y = torch.empty(len(p.x), len(p.weight), device=p.x.device)
@@ -201,7 +206,9 @@ def _samples(settings: Settings, place: shapes.Linear, tasks: int, **flags: bool
         Contestant("group by task, every masked weight kept", by_task_kept),
     ]
     # With 256 samples bmm takes seconds, and gigabytes.
-    rivals += [Contestant("bmm", by_bmm)] * (place.batch <= 64 and not (settings.quick and place.batch > 8))
+    few = place.batch <= 64 and not (settings.quick and place.batch > 8)
+    rivals += [Contestant("bmm", by_bmm)] * few
+    rivals += [Contestant("bmm, compiled", by_bmm_compiled)] * (few and settings.compiles)
     m, n, k = place.batch, place.rows, place.columns
     return Case(
         family=FAMILY,
@@ -217,6 +224,50 @@ def _samples(settings: Settings, place: shapes.Linear, tasks: int, **flags: bool
         flops=2 * m * n * k,
         source=place.source,
         **flags,
+    )
+
+
+class TrainedSamples(Samples):
+    """With gradients of x and of the weight that all tasks share."""
+
+    def __init__(self, place: shapes.Linear, tasks: int, device: torch.device) -> None:
+        super().__init__(place, tasks, device)
+        self.grad = torch.randn(place.batch, place.rows, generator=torch.Generator().manual_seed(1)).to(device)
+        for leaf in (self.x, self.weight):
+            leaf.requires_grad_()
+
+    def tensors(self) -> list[Tensor]:
+        """What lives however long a contestant's backward pass is away."""
+        return [value for value in vars(self).values() if isinstance(value, Tensor)]
+
+
+def _training(make: Callable[[Samples, str], Call]) -> Callable[[TrainedSamples, str], Call]:
+    return lambda p, state: with_backward(make(p, state), [p.weight, p.x], [p.grad])
+
+
+def _tasks_with_gradients(p: TrainedSamples) -> list[Tensor]:
+    weight, of_weight, rows = p.weight.detach().double(), torch.zeros_like(p.weight, dtype=torch.float64), []
+    for task, x, grad in zip(p.task.tolist(), p.x.detach().double(), p.grad.double(), strict=True):
+        of_weight += torch.outer(grad, x) * p.bools[task]
+        masked = weight * p.bools[task]
+        rows.append((masked @ x, masked.t() @ grad))
+    y, of_x = (torch.stack(part) for part in zip(*rows, strict=True))
+    return [y, of_weight, of_x]
+
+
+def _samples_training(settings: Settings, place: shapes.Linear, tasks: int) -> Case:
+    # Whoever keeps masked weights beforehand has no weight to train.
+    case = _samples(settings, place, tasks)
+    return dataclasses.replace(
+        case,
+        label=f"{case.label}, forward and backward",
+        problem=functools.partial(TrainedSamples, place, tasks),
+        reference=_tasks_with_gradients,
+        ours=Contestant("fourfold", _training(tasks_ours)),
+        rivals=tuple(Contestant(rival.name, _training(rival.make)) for rival in case.rivals if rival.make is not by_task_kept),
+        held=TrainedSamples.tensors,
+        bytes=3 * case.bytes,
+        flops=3 * case.flops,
     )
 
 
@@ -283,9 +334,11 @@ def infer_ours(p: Network, state: str) -> Call:
     return lambda: ff.infer_task(model, p.x)
 
 
-def infer_by(summed: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Network, str], Call]:
+def infer_by(summed: Callable[[Tensor, Tensor], Tensor], compiled: bool = False) -> Callable[[Network, str], Call]:
     def make(p: Network, state: str) -> Call:
         model = p.stacked(summed, torch.float32)
+        if compiled:
+            model.compile(dynamic=False, fullgraph=True)
         return lambda: int(_falls_fastest(p, model))
 
     return make
@@ -302,6 +355,9 @@ def _inferred_exactly(p: Network) -> Tensor:
 def _inference(settings: Settings, widths: tuple[int, ...], tasks: int, source: str, **flags: bool) -> Case:
     rivals = [("stacked float masks, as published", published), ("tensordot", tensordot), ("matrix times vector", matvec)]
     weights = sum(k * n for k, n in itertools.pairwise(widths))
+    entrants = [Contestant(name, infer_by(summed), tensors=_as_tensor) for name, summed in rivals]
+    if settings.compiles:
+        entrants.append(Contestant("stacked float masks, compiled", infer_by(published, compiled=True), tensors=_as_tensor))
     return Case(
         family=FAMILY,
         op="infer_task",
@@ -309,7 +365,7 @@ def _inference(settings: Settings, widths: tuple[int, ...], tasks: int, source: 
         problem=functools.partial(Network, widths, 16, tasks),
         reference=_inferred_exactly,
         ours=Contestant("fourfold", infer_ours, tensors=_as_tensor),
-        rivals=tuple(Contestant(name, infer_by(summed), tensors=_as_tensor) for name, summed in rivals),
+        rivals=tuple(entrants),
         tolerance=Tolerance(0.0, 0.0),
         state="heap",
         bytes=2 * tasks * weights // 8 + 8 * weights,
@@ -340,10 +396,10 @@ def _overheads() -> Iterator[Case]:
             op="superposed_linear",
             label=f"float32 {place}, {tasks} masks" + ", gradient recorded" * gradient,
             problem=functools.partial(Superposition, place, tasks, gradient),
-            reference=lambda p: _superposed_exactly(p)[:1],
+            reference=lambda p: superposed_exactly(p)[:1],
             ours=Contestant("fourfold", lambda p, state: lambda: ff.superposed_linear(p.x, p.weight, p.bits, p.alpha)),
             tolerance=FLOAT32,
-            yardsticks=(Contestant("F.linear", linear, reference=lambda p: _superposed_exactly(p)[:1]),),
+            yardsticks=(Contestant("F.linear", linear, reference=lambda p: superposed_exactly(p)[:1]),),
             **given,
         )
     yield Case(
@@ -385,11 +441,15 @@ def cases(settings: Settings) -> Iterator[Case]:
         for batch in (8, 64, 256):
             quick = tasks == 10 and batch == 8
             yield _samples(settings, shapes.SUPSUP._replace(batch=batch), tasks, quick=quick, headline=True)
+    yield _samples_training(settings, shapes.SUPSUP._replace(batch=64), 10)
+    yield in_fresh_memory(_superposition(settings, shapes.SUPSUP, 10))
+    yield in_fresh_memory(_samples(settings, shapes.SUPSUP._replace(batch=64), 10))
     source = "SupSup on permuted MNIST; its task inference in batches of 16"
     for widths in ((784, 300, 100, 10), (784, 1024, 1024, 10)):
         for tasks in (10, 100):
             quick = widths[1] == 300 and tasks == 10
             yield _inference(settings, widths, tasks, source, quick=quick, headline=tasks == 100)
+    yield in_fresh_memory(_inference(settings, (784, 1024, 1024, 10), 10, source))
 
 
 def test_speed(case: Case, threads: int, race: Callable[[Case, int], None]) -> None:

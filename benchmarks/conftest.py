@@ -14,6 +14,7 @@ import pytest
 from . import report
 from .harness import Case, Session, Settings, fresh_first
 from .options import add_options, to_settings
+from .report_html import publish
 
 SESSION = pytest.StashKey[Session]()
 SETTINGS = pytest.StashKey[Settings]()
@@ -78,7 +79,9 @@ def race(pytestconfig: pytest.Config, progress: report.Progress, benchmark) -> C
 def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
     if SESSION in config.stash and config.stash[SESSION].results:
-        report.save(config.stash[SESSION], config.option.json, config.option.report)
+        report.save(config.stash[SESSION], config.option.json)
+        with _uncaptured(config):
+            publish(report.whole(config.stash[SESSION]), config.option.report, config.option.compare)
 
 
 def _uncaptured(config: pytest.Config) -> AbstractContextManager:

@@ -12,12 +12,14 @@ import dataclasses
 import datetime
 import functools
 import gc
+import importlib
 import math
 import os
 import platform
 import resource
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -75,13 +77,20 @@ class Settings:
         """The cases wanted, in the order in which they can run: "fresh" first, as no kept heap can be made fresh again."""
         wanted = [
             case
-            for case in cases
-            if (case.quick or not self.quick)
+            for case in map(self._on_device, cases)
+            if case is not None
+            and (case.quick or not self.quick)
             and self.op in (None, case.op)
             and (self.match is None or self.match in case.title)
-            and not (self.device == "cuda" and case.state == "fresh")  # its caching allocator keeps everything
         ]
         return sorted(wanted, key=fresh_first)
+
+    def _on_device(self, case: Case) -> Case | None:
+        """A GPU's caching allocator keeps everything, so nothing is fresh there; how much memory is needed, it still tells."""
+        if self.device != "cuda" or case.state != "fresh":
+            return case
+        label = case.label.removesuffix(", memory") + ", memory"
+        return dataclasses.replace(case, state="heap", label=label) if case.peak else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +110,14 @@ class Tolerance:
 
 class Absent(Exception):
     """Raised by what can't take part here, a contestant's `make` or a case's problem; its text says why and what would help."""
+
+
+def needed(module: str, package: str, why: str = "") -> Any:
+    """The module, or Absent with what would help."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise Absent(f"not installed (pip install {package}){why}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +204,22 @@ class Case:
 def fresh_first(case: Case) -> bool:
     """A sort key."""
     return case.state != "fresh"
+
+
+def in_fresh_memory(case: Case) -> Case:
+    """The same, told how much memory it needs: once, and neither in quick runs nor in README."""
+    label = f"{case.label}, memory"
+    return dataclasses.replace(case, label=label, state="fresh", peak=True, threaded=False, quick=False, headline=False)
+
+
+def with_backward(forward: Call, leaves: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> Call:
+    """forward's results, and with `grads` as theirs the gradients of `leaves`."""
+
+    def call() -> tuple[torch.Tensor, ...]:
+        results = _tensors(forward())
+        return *results, *torch.autograd.grad(results, leaves, grads)
+
+    return call
 
 
 # --- statistics -----------------------------------------------------------------------------------------------------------
@@ -373,6 +406,37 @@ def machine_facts(device: str) -> dict[str, Any]:
     return facts
 
 
+SOURCES = ("csrc", "python", "triton_kernels", "benchmarks", "CMakeLists.txt", "pyproject.toml")
+INSTALLED = (("python/fourfold", "."), ("triton_kernels", "triton_kernels"), ("benchmarks", "benchmarks"))
+
+
+def commit(package: Path) -> str | None:
+    """The commit of the checkout we are in, and whether what runs is something else; None outside a checkout of fourfold.
+
+    package: the installed one, whose Python files are compared with the checkout's.
+    """
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], capture_output=True, text=True)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    top = git("rev-parse", "--show-toplevel")
+    if top is None or not (Path(top) / "python" / "fourfold" / "__init__.py").is_file():
+        return None
+    head = git("rev-parse", "--short=12", "HEAD")
+    if head is None:
+        return None
+    same = git("-C", top, "status", "--porcelain", "--", *SOURCES) == ""
+    for folder, place in INSTALLED:
+        for file in (Path(top) / folder).rglob("*.py"):
+            twin = package / place / file.relative_to(Path(top) / folder)
+            same = same and twin.is_file() and twin.read_bytes() == file.read_bytes()
+    return head if same else f"{head} with changes"
+
+
 def _time_cpu(call: Call, loops: int) -> float:
     start = time.perf_counter()
     for _ in range(loops):
@@ -454,6 +518,7 @@ class Session:
             "machine": machine_facts(settings.device),
             "torch": torch.__version__,
             "fourfold": fourfold.__version__,
+            "commit": commit(Path(fourfold.__file__).parent),
             "build": fourfold.build_info(),
             "capability": fourfold.cpu_capability(),
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),

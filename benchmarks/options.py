@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def add_options(add: Callable[..., Any]) -> None:
     add("--only-ours", action="store_true", help="no rivals but copy_")
     add("--json", type=Path, metavar="FILE", help="where the results go, rewritten after every case")
     add("--report", type=Path, metavar="FILE.html", help="where the report with charts goes")
+    add("--compare", type=Path, metavar="OLD.json", help="say what has changed since this run")
 
 
 def to_arguments(settings: Settings) -> list[str]:
@@ -53,6 +55,13 @@ def to_arguments(settings: Settings) -> list[str]:
     return [f"{name}={value}" for name, value in valued.items() if value is not None] + [
         name for name, on in flags.items() if on
     ]
+
+
+def command_of(settings: dict[str, Any]) -> str:
+    """The command line that chose these, as a results file holds them, without defaults; a seed only where shapes are drawn."""
+    seed = settings["seed"] if settings["random_shapes"] else None
+    chosen = to_arguments(Settings(**settings | {"threads": tuple(settings["threads"]), "seed": seed}))
+    return shlex.join(["python", "-m", "fourfold.benchmarks", *(word for word in chosen if word != "--device=cpu")])
 
 
 def to_settings(chosen: Any) -> Settings:

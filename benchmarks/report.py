@@ -1,9 +1,7 @@
-"""What a run looks like: a line per case while it runs, the JSON file, the HTML report, the tables of README and docs."""
+"""What a run looks like: a line per case while it runs, the JSON file, the tables of README and docs."""
 
 from __future__ import annotations
 
-import html
-import io
 import json
 import statistics
 import sys
@@ -12,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .harness import Case, Drive, Session, play
+from .options import command_of
 
 try:
     from tqdm import tqdm
@@ -131,11 +130,23 @@ def headlines(document: Document) -> list[str]:
     device = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"
     settings = document["settings"]
     kind = ", quick run" * settings["quick"] + f", random shapes of seed {settings['seed']}" * settings["random_shapes"]
-    versions = f"torch {document['torch']}, fourfold {document['fourfold']}"
+    commit = document.get("commit")  # not known to runs stored before, nor where there is no checkout
+    versions = f"torch {document['torch']}, fourfold {document['fourfold']}" + f" at {commit}" * bool(commit)
     return [
         f"{device}; ISA tier {document['capability']}; {versions}; {document['date']}{kind}",
         *(f"warning: {warning}" for warning in document["warnings"]),
     ]
+
+
+def command(document: Document) -> str:
+    """The command that measured it; runs stored before it was kept hold what it chose."""
+    return document.get("command") or command_of(document["settings"])
+
+
+def losses(results: Iterable[Result]) -> list[tuple[Result, str]]:
+    """(result, rival) wherever even the upper quartile of the ratio says that the rival is faster; the worst first."""
+    lost = [(result, name) for result in results for name, ratio in result.get("ratio", {}).items() if ratio["q3"] < 1]
+    return sorted(lost, key=lambda pair: pair[0]["ratio"][pair[1]]["median"])
 
 
 class Progress:
@@ -176,12 +187,15 @@ class Progress:
 # --- files ----------------------------------------------------------------------------------------------------------------
 
 
-def save(session: Session, json_path: Path | None, html_path: Path | None = None) -> None:
-    document = session.document()
+def save(session: Session, json_path: Path | None) -> None:
     if json_path:
-        _replace(json_path, _to_json(document))
-    if html_path:
-        _replace(html_path, render_html(document))
+        replace(json_path, _to_json(whole(session)))
+
+
+def whole(session: Session) -> Document:
+    """What the results file holds."""
+    document = session.document()
+    return {"command": command(document)} | document
 
 
 def _to_json(document: Document) -> str:
@@ -199,7 +213,7 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def _replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> None:
     """Whole or not at all: results are saved after every case, and a killed run leaves what it had."""
     draft = path.with_name(path.name + ".part")
     draft.write_text(text, encoding="utf-8")
@@ -353,68 +367,82 @@ def _legend(document: Document) -> str:
     )
 
 
-def readme_runs(documents: dict[str, Document]) -> list[Document]:
-    """The stored runs that README shows."""
-    return [document for name, document in documents.items() if name.startswith(README_RUN)]
+def readme_runs(documents: dict[str, Document]) -> dict[str, Document]:
+    """The stored runs that README shows: those with headline cases."""
+    return {
+        name: document
+        for name, document in documents.items()
+        if name.startswith(README_RUN) and any(result["headline"] for result in document["results"])
+    }
 
 
-def readme_table(documents: Iterable[Document]) -> str:
-    """README's tables: the headline cases, a row each or a row for a group, thread counts side by side."""
-    parts = []
-    for document in documents:
+def readme_table(documents: dict[str, Document]) -> str:
+    """README's table, a row for each op of each run, so that no case is picked: the mean, the weakest and the strongest."""
+    runs = {name: _link(name) for name in documents}
+    header = ["op", "cases", "× best rival, 1 thread", "2 threads", "cost over plain", "weakest case", "run"]
+    rows, overheads, machines = [], [], {}
+    for name, document in documents.items():
+        machines.setdefault(headlines(document)[0], []).append(runs[name])
         headline = [result for result in document["results"] if result["headline"]]
-        parts += [headlines(document)[0] + "."]
-        for results in _by(headline, "family").values():
-            parts += _readme_tables(results)
-    parts.append("More cases, quartiles and all rivals: [docs/benchmarks.md](docs/benchmarks.md).")
+        overheads += [(result["overhead_us"]["median"], result) for result in headline if "overhead_us" in result]
+        cases = [result for result in headline if "overhead_us" not in result]
+        rows += [[*_digest(results), runs[name]] for results in _by(cases, "op").values()]
+    counted = [result for document in documents.values() for result in document["results"] if result.get("ratio")]
+    lost = {id(result) for document in documents.values() for result, _ in losses(document["results"])}
+    parts = ["; ".join(f"{', '.join(links)}: {machine}" for machine, links in machines.items()) + "."]
+    parts.append(
+        "Geometric means over an op's cases, extremes in brackets; of each case the ratio to the strongest rival counts, and "
+        "above 1 we are faster. Cost over plain: our time over that of the operation without what we add, such as a "
+        "convolution without coordinates, at one thread."
+    )
+    parts.append(_markdown_table(header, rows))
+    if overheads:
+        (least, first), (most, last) = (choose(overheads, key=lambda pair: pair[0]) for choose in (min, max))
+        parts.append(
+            f"A call costs {least:.1f} µs (`{first['op']}` {first['label']}) to {most:.1f} µs (`{last['op']}` {last['label']}) "
+            "more than the plain one."
+        )
+    parts.append(
+        f"In {len(lost)} of {len(counted)} stored rows some rival is faster; [docs/benchmarks.md](docs/benchmarks.md) lists "
+        "those first, then every case with quartiles, all rivals, memory, and where its shape comes from."
+    )
     return "\n\n".join(parts)
 
 
-def _readme_tables(results: list[Result]) -> list[str]:
-    """Those of one family."""
-    counts = sorted({result["threads"] for result in results})
-    header = ["op", "input", *(f"{what}, {_threads(count)}" for count in counts for what in ("of `copy_`", "× best rival"))]
-    rows, rates, overheads = [], [], {}
-    ungrouped = [result for result in results if not _group(result)]
-    for (op, label, state), same in _by(ungrouped, "op", "label", "state").items():
-        if "overhead_us" in same[0]:
-            words = f"`{op}` {label} {same[0]['overhead_us']['median']:.1f} µs"
-            overheads.setdefault(_overhead_base(same[0]).replace("clone()", "x.clone()"), []).append(words)
-            continue
-        by_count = {result["threads"]: result for result in same if "ms" in result}
-        moves_bytes = all("copy_share" in result for result in by_count.values())
-        cells: list[str] = []
-        for count in counts:
-            result = by_count.get(count)
-            if result is None:
-                cells += ("–", "–")
-            else:
-                cells += (
-                    (f"{result['copy_share']['median']:.2f}", _best(result)) if moves_bytes else (_rate(result), _each(result))
-                )
-        (rows if moves_bytes else rates).append((f"`{op}`", f"{label} [{state}]", *cells))
-    parts = [group_table(results), _markdown_table(header, rows) if rows else None]
-    if rates:
-        header = ["function", "input", *(f"{what}, {_threads(count)}" for count in counts for what in ("rate", "× rivals"))]
-        parts.append(_markdown_table(header, rates))
-    over = [f"over `{base}`: " + "; ".join(words) + "." for base, words in overheads.items()]
-    parts += ["Call overhead " + " Call overhead ".join(over)] if over else []
-    return [part for part in parts if part]
+def _link(name: str) -> str:
+    return f"[{name.removesuffix('.json')}](benchmarks/results/{name})"
 
 
-def _best(result: Result) -> str:
-    best = result["best_rival"]
-    return f"{result['ratio'][best]['median']:.1f} ({best})" if best else "–"
+def _digest(results: list[Result]) -> list[str]:
+    """One op's cells."""
 
+    def best(result: Result) -> float:
+        return float(result["ratio"][result["best_rival"]]["median"])
 
-def _each(result: Result) -> str:
-    """Every rival, the strongest first."""
-    return (
-        "; ".join(f"{ratio:.2f} {name}" for ratio, name in sorted((r["median"], n) for n, r in result["ratio"].items())) or "–"
+    def mean(values: list[float], unit: str) -> str:
+        return _mean(values, unit) if len(values) > 1 else "".join(f"{value:.2f}{unit}" for value in values) or "–"
+
+    everything, raced = (
+        {(_group(r), r["label"], r["state"]) for r in part} for part in (results, [r for r in results if r.get("ratio")])
     )
+    cells = [f"`{results[0]['op']}`", str(len(raced)) + f" of {len(everything)}" * (raced != everything)]
+    results = [result for result in results if result.get("ratio")]
+    for count in (1, 2):
+        ratios = [best(result) for result in results if result["threads"] == count and result["best_rival"]]
+        cells.append(mean(ratios, "×"))
+    if not results:
+        return [*cells, "–", "–"]
+    one = [result for result in results if result["threads"] == min(r["threads"] for r in results)]
+    costs = [cost["median"] for result in one for cost in (result.get("cost") or {}).values()]
+    weakest = min((result for result in one if result["best_rival"]), key=best, default=None)
+    cells.append(mean(costs, ""))
+    if weakest is None:
+        return [*cells, "–"]
+    group = f"{_group(weakest)}: " if _group(weakest) else ""
+    return [*cells, f"{group}{weakest['label']}, beside {weakest['best_rival']}"]
 
 
-def into_readme(readme: str, documents: Iterable[Document]) -> str:
+def into_readme(readme: str, documents: dict[str, Document]) -> str:
     """`readme` with what stands between the markers replaced by the tables."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
         raise ValueError(f"README must hold {BEGIN} and {END} once each")
@@ -428,11 +456,14 @@ def docs_page(documents: dict[str, Document]) -> str:
         "# Benchmarks",
         (
             "Generated from the runs stored in `benchmarks/results` by `python -m fourfold.benchmarks --render`; not edited "
-            "by hand. Run your own with `python -m fourfold.benchmarks`."
+            "by hand. Run your own with `python -m fourfold.benchmarks`; `--compare OLD.json` then says what has changed since "
+            "a stored run, and `--from RUN.json --report FILE.html` makes a page with charts and sortable tables of one."
         ),
     ]
     for name, document in documents.items():
-        parts += [f"## {name.removesuffix('.json')}", "  \n".join(headlines(document)), _legend(document)]
+        stored = f"Stored in `benchmarks/results/{name}` by `{command(document)}`"
+        parts += [f"## {name.removesuffix('.json')}", "  \n".join([stored, *headlines(document)]), _legend(document)]
+        parts += [_where_we_lose(document)]
         summary = group_table(document["results"])
         parts += [summary] * (summary is not None)
         for op, group, results in _sections(document):
@@ -441,6 +472,25 @@ def docs_page(documents: dict[str, Document]) -> str:
             parts += ["Absent: " + "; ".join(_absences(results)) + "."] if _absences(results) else []
         parts += [_markdown_table(("shape", "where it comes from"), sorted(_sources(document)))]
     return "\n\n".join(parts) + "\n"
+
+
+def _where_we_lose(document: Document) -> str:
+    """A sentence, and a row for each loss."""
+    lost, raced = losses(document["results"]), [result for result in document["results"] if result.get("ratio")]
+    if not raced:
+        return "No rivals raced in this run."
+    rule = "with the upper quartile of their ratio below 1"
+    if not lost:
+        return f"Where we lose: in none of {len(raced)} rows with rivals is any of them faster than we are, {rule}."
+    cases = len({run_name(result) for result, _ in lost})
+    rows = [(f"`{result['op']}`", _place(result), f"{_spread(result['ratio'][name], '×')} {name}") for result, name in lost]
+    intro = f"Where we lose: in {cases} of {len(raced)} rows with rivals one or more of them are faster, {rule}:"
+    return f"{intro}\n\n{_markdown_table(('op', 'case', 'ratio'), rows)}"
+
+
+def _place(result: Result) -> str:
+    """Which case of its op."""
+    return run_name(result).removeprefix(f"{result['op']} ")
 
 
 def _sources(document: Document) -> set[tuple[str, str]]:
@@ -454,104 +504,6 @@ def render_checkout(root: Path) -> list[Path]:
     if not readme_runs(documents):
         raise FileNotFoundError(f"benchmarks/results/{README_RUN}.json is missing: store a run there with --json")
     readme, page = root / "README.md", root / "docs" / "benchmarks.md"
-    _replace(readme, into_readme(readme.read_text(encoding="utf-8"), readme_runs(documents)))
-    _replace(page, docs_page(documents))
+    replace(readme, into_readme(readme.read_text(encoding="utf-8"), readme_runs(documents)))
+    replace(page, docs_page(documents))
     return [readme, page]
-
-
-# --- the HTML report ------------------------------------------------------------------------------------------------------
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; font-size: 13px; margin: 1rem 0 2.5rem; }
-th, td { border-bottom: 1px solid #ddd; padding: .3rem .7rem; text-align: left; vertical-align: top; }
-th { border-bottom: 2px solid #888; }
-.warning { color: #a40; } .wrong { color: #b00; font-weight: bold; }
-svg { max-width: 100%; height: auto; }
-"""
-
-
-def render_html(document: Document) -> str:
-    """One file with everything in it: facts, and per op and group two charts and the table under them."""
-    escape = html.escape
-    body = ["<h1>fourfold benchmarks</h1>"]
-    first, *warnings = headlines(document)
-    body += [f"<p>{escape(first)}</p>", *(f'<p class="warning">{escape(text)}</p>' for text in warnings)]
-    body += [f"<p>{escape(_legend(document)).replace('`', '')}</p>"]
-    for op, group, results in _sections(document):
-        columns = _columns(results)
-        body += [f"<h2>{escape(_heading(op, group))}</h2>", _charts(results)]
-        rows = "".join(_html_row(result, columns) for result in results)
-        body.append(f"<table><tr>{''.join(f'<th>{escape(name)}</th>' for name in columns)}</tr>{rows}</table>")
-        body += [f'<p class="warning">Absent: {escape(text)}</p>' for text in _absences(results)]
-    noted = [(line(result).split("\n")[0], text) for result in document["results"] for text in result["warnings"]]
-    if noted:
-        items = "".join(f"<li>{escape(text)} — {escape(where)}</li>" for where, text in noted)
-        body.append(f'<h2>Where the machine was not quiet</h2><ul class="warning">{items}</ul>')
-    body.append(f"<h2>Build</h2><pre>{escape(json.dumps(document['build'], indent=1))}</pre>")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>fourfold benchmarks</title>'
-        f"<style>{STYLE}</style></head><body>{''.join(body)}</body></html>\n"
-    )
-
-
-def _html_row(result: Result, columns: Sequence[str]) -> str:
-    kind = ' class="wrong"' if result["wrong"] else ""
-    return f"<tr{kind}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _row(result, columns)) + "</tr>"
-
-
-def _charts(results: list[Result]) -> str:
-    """Two bar charts as inline SVG: cost over the yardstick, share of copy_ or rate, and the ratio to each rival."""
-    raced = [result for result in results if "ms" in result and "overhead_us" not in result]
-    if not raced:
-        return ""
-    try:
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, NullLocator
-    except ImportError:
-        return '<p class="warning">No charts: matplotlib is missing (pip install "fourfold[plot]").</p>'
-    labels = [f"{result['label']} [{result['state']}] {result['threads']}t" for result in raced]
-    rivals = list(dict.fromkeys(name for result in raced for name in result["ratio"]))
-    most = max(1, *(len(result["ratio"]) for result in raced))
-    figure = Figure(figsize=(14, 1.2 + len(raced) * (0.18 + 0.1 * most)), layout="constrained")
-    FigureCanvasSVG(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
-    rows = range(len(raced))
-
-    def whiskers(spreads: list[dict[str, float]]) -> list[list[float]]:
-        return [[s["median"] - s["q1"] for s in spreads], [s["q3"] - s["median"] for s in spreads]]
-
-    title, shares = _left_bars(raced)
-    left.barh(rows, [s["median"] for s in shares], xerr=whiskers(shares), height=0.6, color="#3b6ea5")
-    if "/s" not in title:
-        left.axvline(1, color="#888", linewidth=0.8)
-    left.set(title=f"{title} (whiskers: quartiles)", yticks=rows, yticklabels=labels, ylim=(len(raced) - 0.4, -0.6))
-    height = 0.85 / most
-    for name in rivals:
-        mine = [(row, list(result["ratio"]).index(name), result) for row, result in enumerate(raced) if name in result["ratio"]]
-        places = [row + (place - (len(result["ratio"]) - 1) / 2) * height for row, place, result in mine]
-        spreads = [result["ratio"][name] for *_, result in mine]
-        # From 1 on: a bar to the right is a rival slower than we are, one to the left a faster one.
-        right.barh(places, [s["median"] - 1 for s in spreads], left=1, xerr=whiskers(spreads), height=height, label=name)
-    right.axvline(1, color="#888", linewidth=0.8)
-    right.set(title="time of a rival / ours", xscale="log")
-    right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    right.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    right.xaxis.set_minor_locator(NullLocator())
-    if rivals:
-        figure.legend(loc="outside lower center", ncols=5, fontsize="small")
-    drawing = io.StringIO()
-    figure.savefig(drawing, format="svg", metadata={"Date": None})
-    return drawing.getvalue()[drawing.getvalue().index("<svg") :]
-
-
-def _left_bars(raced: list[Result]) -> tuple[str, list[dict[str, float]]]:
-    """What tells most among what all of these results have."""
-    if all(result.get("cost") for result in raced):
-        return "cost over the yardstick", [next(iter(result["cost"].values())) for result in raced]
-    if all("copy_share" in result for result in raced):
-        return "share of copy_", [result["copy_share"] for result in raced]
-    if all("rate" in result for result in raced):
-        return f"{raced[0]['rate']['of']}/s", [result["rate"]["per_second"] for result in raced]
-    return "ms", [result["ms"][result["ours"]] for result in raced]
