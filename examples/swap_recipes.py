@@ -1,21 +1,27 @@
 """The recipes of fourfold.swap on whole networks, with numbers from before and after.
 
-python examples/swap_recipes.py [--quick]
+python examples/swap_recipes.py [--quick] [--write FILE.json]
 
 Times are medians of rounds in which both networks take turns, on one thread; the ratio is what carries over to other machines.
 """
 
 import argparse
 import copy
+import datetime
 import io
+import json
+import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import fourfold as ff
 import torch
 from torch import nn
 from torch.nn.utils import prune
+
+ROWS: list[tuple[str, str, str, str]] = []
 
 
 def milliseconds(before: Callable[[], object], after: Callable[[], object], rounds: int) -> tuple[float, float]:
@@ -53,6 +59,7 @@ def pruned(width: int, amount: float) -> nn.Sequential:
 
 def show(recipe: str, what: str, before: str, after: str) -> None:
     """A row of the table."""
+    ROWS.append((recipe, what, before, after))
     print(f"| {recipe} | {what} | {before} | {after} |", flush=True)
 
 
@@ -129,10 +136,12 @@ def dct_front_end(size: int, rounds: int) -> None:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the table, and stores it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="small networks, few rounds")
-    quick = parser.parse_args().quick
+    parser.add_argument("--write", type=Path, metavar="FILE.json", help="store the table")
+    arguments = parser.parse_args()
+    quick = arguments.quick
     torch.manual_seed(0)
     torch.set_num_threads(1)
     size, width, rounds = (64, 256, 2) if quick else (224, 2048, 15)
@@ -143,6 +152,16 @@ def main() -> None:
     for amount, rows in ((0.9, 1), (0.9, 64), (0.5, 1), (0.5, 64)):
         compress(width, amount, rows, 4 * rounds)
     dct_front_end(size, rounds)
+    if arguments.write:
+        run = {
+            "command": "python examples/swap_recipes.py" + " --quick" * quick,
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{platform.machine()} with {ff.cpu_capability()}, one thread",
+            "torch": torch.__version__,
+            "fourfold": ff.__version__,
+            "rows": ROWS,
+        }
+        arguments.write.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

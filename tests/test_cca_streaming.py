@@ -448,7 +448,9 @@ def test_chance_and_condition() -> None:
 def test_fast_refuses_what_float32_cannot_square(scale: float, dtype: torch.dtype) -> None:
     """There is no second look at the samples, and what is left of them would be a wrong number."""
     x, y = (torch.randn(500, 4, 2, 2, generator=torch.Generator().manual_seed(seed)).to(dtype) for seed in (0, 1))
-    message = r"compute: the squares of layer 'y' must lie in the range of float32 with precision='fast', got a sum of [-\w.+]+ over"
+    message = (
+        r"compute: the squares of layer 'y' must lie in the range of float32 with precision='fast', got a sum of [-\w.+]+ over"
+    )
     for conv, methods in (("channels", METHODS), ("dft", ("dft_cca",))):
         fast = ff.StreamingCCA(precision="fast", conv=conv).update({"x": x, "y": y * scale})
         high = ff.StreamingCCA(conv=conv).update({"x": x, "y": y * scale})

@@ -1038,7 +1038,8 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
         ValueError,
         (
             "compare: cca of layer '0' of model_a: n must be larger than the number of dimensions, got n=5 samples for 5 "
-            "dimensions: every correlation would be 1, whatever the data; use more samples, svcca, or cka with unbiased=True"
+            "dimensions: every correlation would be 1, whatever the data; use more samples, svcca, or cka with unbiased=True "
+            "(see docs/cca.md#few-samples)"
         ),
         lambda: compare(A, B, vectors(3, 2), method="cca"),
     ),
@@ -1086,7 +1087,7 @@ def test_few_samples_warn_once_a_method():
     assert [w.filename for w in caught] == [__file__] * 2
     assert str(caught[0].message) == (
         "compare: cca of layer '0' of model_a: n=30 samples for 4 dimensions; independent data would reach a chance level of "
-        "r2 = 0.14 (d / (n - 1)); use at least 40 samples"
+        "r2 = 0.14 (d / (n - 1)); use at least 40 samples (see docs/cca.md#few-samples)"
     )
     assert str(caught[1].message).startswith("compare: pwcca of layer '0' of model_a: n=30")
 

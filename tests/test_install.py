@@ -133,6 +133,45 @@ def test_main_prints_the_facts():
         assert fact in done.stdout
 
 
+def test_main_advises(monkeypatch, tmp_path, capsys):
+    """On a machine where nothing is as it might be; and where all is, it is silent."""
+    main = importlib.import_module("fourfold.__main__")
+    pages, quota = tmp_path / "enabled", tmp_path / "cpu.max"
+    monkeypatch.setattr(main, "HUGE_PAGES", pages)
+    monkeypatch.setattr(main, "QUOTA", quota)
+    monkeypatch.setattr(main.torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    pages.write_text("always [madvise] never\n")
+    quota.write_text("150000 100000\n")
+    cores = min(2, len(os.sched_getaffinity(0)))
+    monkeypatch.setattr(main.torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(main, "find_spec", lambda name: None if name in {"pandas", "tqdm"} else name)
+    monkeypatch.setattr(main._load, "missing", {"jpeg": "no libjpeg; install it"})
+    main.main()
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"64 for {cores} cores" in said
+    assert "- no libjpeg; install it (see docs/jpeg.md#without-libjpeg)" in said
+    assert f"more threads than there are cores; OMP_NUM_THREADS={cores} (see docs/performance.md#threads)" in said
+    assert "THP_MEM_ALLOC_ENABLE=1 in the environment, or out= (see docs/performance.md#where-the-result-is-written)" in said
+    assert "for progress bars, Comparison.to_pandas: pip install tqdm pandas" in said
+
+    pages.write_text("always madvise [never]\n")
+    assert [text.partition(": ")[2].partition(" ")[0] for text in main.advice() if "memory that is there" in text] == ["out="]
+
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "1")
+    pages.write_text("[always] madvise never\n")
+    quota.write_text("max 100000\n")
+    monkeypatch.setattr(main.torch, "get_num_threads", main.cores)
+    monkeypatch.setattr(main, "find_spec", lambda name: name)
+    monkeypatch.setattr(main._load, "missing", {})
+    monkeypatch.setattr(main._C, "machine_capability", ff.cpu_capability)
+    assert list(main.advice()) == []
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(main.torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(main, "cores", lambda: 4)
+    assert list(main.advice()) == ["OMP_NUM_THREADS=1 holds torch at 1 of 4 cores (see docs/performance.md#threads)"]
+
+
 @pytest.mark.parametrize("word", ["nonsense", "AVX2", " "])
 def test_a_bad_capability_is_refused(word):
     done = run_main(FOURFOLD_CPU_CAPABILITY=word)

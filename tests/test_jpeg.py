@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 pytestmark = pytest.mark.skipif(not ff.has_jpeg(), reason="built without libjpeg")
 
 ZIGZAG = ff.zigzag().tolist()
+BROKEN = " (see docs/jpeg.md#broken-files)"  # how messages about a file's contents end
 Grid = tuple[int, int]
 
 
@@ -425,7 +426,7 @@ def test_write_refuses_what_no_file_can_hold(message: str, change: Any, args: An
     for options in ({}, {"optimize": False}, {"progressive": True}):
         with pytest.raises(JpegError) as error:
             jpeg.write(coefs, **options)
-        assert str(error.value) == f"jpeg.write: {message}"
+        assert str(error.value) == f"jpeg.write: {message} (see docs/jpeg.md#writing)"
 
 
 def test_write_refuses_other_types() -> None:
@@ -490,7 +491,7 @@ def test_wrong_sources(tmp_path: Path) -> None:
         with pytest.raises(error) as caught:
             jpeg.read(source, **options)
         assert type(caught.value) is error
-        assert str(caught.value) == message
+        assert str(caught.value) == message + BROKEN * (error is JpegError)
 
     kinds = "jpeg.read: source must be bytes, a path, or a uint8 tensor or array [n], got"
     check(TypeError, f"{kinds} int", 3)
@@ -576,10 +577,10 @@ def test_read_batch_errors(tmp_path: Path) -> None:
         # The first that fails, although later ones fail sooner: those of b"" and of no file at once.
         with pytest.raises(JpegError) as error:
             jpeg.read_batch(sources, threads=threads)
-        assert str(error.value) == f"jpeg.read_batch: source 1 (900 bytes): {truncated}"
+        assert str(error.value) == f"jpeg.read_batch: source 1 (900 bytes): {truncated}{BROKEN}"
     with pytest.raises(JpegError) as error:
         jpeg.read_batch([good, path])
-    assert str(error.value) == f"jpeg.read_batch: source 1 ({path}): {truncated}"
+    assert str(error.value) == f"jpeg.read_batch: source 1 ({path}): {truncated}{BROKEN}"
     with pytest.raises(FileNotFoundError) as error:
         jpeg.read_batch([good, good, missing])
     assert error.value.filename == str(missing) and "source 2" in str(error.value)
@@ -741,7 +742,7 @@ def attempt(data: bytes | bytearray, **options: Any) -> JpegCoefficients | None:
 def refused(data: bytes, message: str, **options: Any) -> None:
     with pytest.raises(JpegError) as error:
         jpeg.read(data, **options)
-    assert str(error.value) == f"jpeg.read: {len(data)} bytes: {message}"
+    assert str(error.value) == f"jpeg.read: {len(data)} bytes: {message}{BROKEN}"
 
 
 @pytest.mark.parametrize("kind", ["baseline", "restarts", "progressive", "arithmetic", "separate scans"])
@@ -997,8 +998,8 @@ assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024,
     said = battery.run_script(script, str(endless), str(long)).stdout.splitlines()
     first = 2**26
     assert said == [
-        f"jpeg.read: {endless}: in its first {first} bytes: it ends before the frame header",
-        f"jpeg.read: {long}: more than {first + 256 * 6} bytes, which is more than its image can need",
+        f"jpeg.read: {endless}: in its first {first} bytes: it ends before the frame header{BROKEN}",
+        f"jpeg.read: {long}: more than {first + 256 * 6} bytes, which is more than its image can need{BROKEN}",
     ]
 
 

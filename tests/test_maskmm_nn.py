@@ -204,14 +204,14 @@ def test_wrong_masks():
     assert_refused(
         TypeError,
         f"{name}: mask must be bool or packed uint8, got float32 with 0.3 at flat index 305; a mask keeps or drops: for soft "
-        "masks use superposed_linear or multiply the weight",
+        "masks use superposed_linear or multiply the weight (see docs/maskmm.md#masks)",
         lambda: ff.nn.MaskedLinear.from_linear(linear, soft),
     )
     bits = ff.pack_mask(some_mask(784, 301))
     bits[:, 37] |= 1 << 4
     message = f"{name}: mask has bits set beyond its 300 columns, which must be zero; pack with pack_mask"
     assert_refused(ValueError, message, lambda: ff.nn.MaskedLinear.from_linear(linear, bits))
-    message = f"{name}: packed mask for weight (784, 300) must be (784, 40), got (784, 48)"
+    message = f"{name}: packed mask for weight (784, 300) must be (784, 40), got (784, 48) (see docs/maskmm.md#masks)"
     other = ff.pack_mask(some_mask(784, 350))
     assert_refused(ValueError, message, lambda: ff.nn.MaskedLinear.from_linear(linear, other))
     layer = ff.nn.MaskedLinear(K, N)

@@ -214,7 +214,9 @@ def test_formats_give_the_reference_result(k, dtype, form):
     mask = some_mask(n, k, "uneven" if k < 70000 else "thin")
     weight, bias = randn(n, k, dtype=dtype), randn(n, dtype=dtype)
     if form == "csr16" and k > 65536:
-        message = f"compress: format 'csr16' holds at most 65536 columns, got {k}; use 'slab'"
+        message = (
+            f"compress: format 'csr16' holds at most 65536 columns, got {k}; use 'slab' (see docs/maskmm.md#sparse-inference)"
+        )
         assert_refused(Refusal(ValueError, message, lambda: ff.compress(weight, mask, format=form)))
         return
     w = ff.compress(weight, mask, format=form)

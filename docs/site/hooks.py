@@ -1,4 +1,4 @@
-"""What the site has beside docs/: README and its like, and the examples; and links that lead there.
+"""What the site has beside docs/: README and its like, the examples, and the stored runs; and links that lead there.
 
 In the repository a guide links to `../examples/demo.py`, which is where that file is. On the site the example is a page of its
 own, so links that leave docs/ are bent to it; one that leads to nothing here fails the build.
@@ -43,6 +43,9 @@ def generated() -> tuple[dict[str, str], dict[str, str]]:
     texts = {place: (ROOT / path).read_text(encoding="utf-8") for path, place in PROJECT.items()}
     texts |= {f"examples/{path.stem}.md": example_page(path) for path in examples}
     texts["examples/index.md"] = example_index(examples)
+    runs = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+    places |= {f"benchmarks/results/{path.name}": f"runs/{path.name}" for path in runs}
+    texts |= {f"runs/{path.name}": path.read_text(encoding="utf-8") for path in runs}
     texts["project/license.txt"] = (ROOT / "LICENSE").read_text(encoding="utf-8")
     return texts, places | {"examples": "examples/index.md", "LICENSE": "project/license.txt"}
 

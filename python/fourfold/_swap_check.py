@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.overrides import TorchFunctionMode
 
+from ._pages import see
 from ._running import as_it_is, evaluating, memory_of, tensors_in
-from ._swap_layers import OP, Layer
+from ._swap_layers import OP, SEE, Layer
 from .nn import SparseLinear
 from .ops import _checks as check
 from .ops.cca import cka
@@ -95,6 +96,7 @@ def compare_alone(layer: Layer, new: nn.Module, change_output: bool) -> float | 
         raise ValueError(
             f"{OP}: the recipe for {layer} changes what it computes, by {apart:.3g} on a random input where the largest output "
             f"is {before[0].abs().max().item():.3g}; pass change_output=True if that is meant"
+            f"{see('swapping.md#what-is-checked')}"
         )
     return apart
 
@@ -181,7 +183,7 @@ class Example:
             if name in reads.found:
                 raise ValueError(
                     f"{OP}: the model reads the weight of layer {name!r} and never calls it, so a new layer there would do "
-                    "nothing; leave it out with where="
+                    f"nothing; leave it out with where={SEE}"
                 )
 
     def after(
@@ -220,7 +222,7 @@ class Example:
         def still_called(name: str) -> None:
             raise ValueError(
                 f"{OP}: the model still calls the old layer {name!r}, by a reference that is not a submodule, so a new layer "
-                "there would do nothing; leave it out with where="
+                f"there would do nothing; leave it out with where={SEE}"
             )
 
         with _naming("with its new layers"):

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ._globs import is_glob, matching_names
+from ._pages import see
 from ._running import compiled_by
 
 OP = "swap"
+SEE = see("swapping.md#what-is-refused")
 
 
 @dataclass(eq=False)
@@ -81,19 +83,19 @@ def refuse_wrapped(model: nn.Module) -> None:
         if how is not None:
             fix = "swap in its _orig_mod" if how == "wrapped" else "swap in a model that was not compiled yet"
             raise ValueError(
-                f"{OP}: {which} is compiled by torch.compile, which may not notice new layers; {fix}, then compile"
+                f"{OP}: {which} is compiled by torch.compile, which may not notice new layers; {fix}, then compile{SEE}"
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"{OP}: {which} is a TorchScript module, whose code is fixed; swap in the model it was made from")
         if isinstance(module, tuple(data_parallel)):
             raise ValueError(
                 f"{OP}: {which} is wrapped in {type(module).__name__}, which knows the parameters of the old layers alone; "
-                "swap before it is wrapped"
+                f"swap before it is wrapped{SEE}"
             )
         if isinstance(module, tuple(sharded)):
             raise ValueError(
                 f"{OP}: {which} is sharded by FSDP, which knows the parameters of the old layers alone; swap before it is "
-                "sharded"
+                f"sharded{SEE}"
             )
 
 
@@ -219,7 +221,7 @@ def _refuse_state(layer: Layer) -> None:
     if "forward" in module.__dict__:
         raise ValueError(
             f"{OP}: {layer} has a forward of its own, put on this one object (as offloading hooks do), which the new layer "
-            "would not have; remove it first"
+            f"would not have; remove it first{SEE}"
         )
     _refuse_unready(layer)
     for name, x in [*module.named_parameters(), *module.named_buffers()]:
@@ -262,13 +264,13 @@ def _refuse_uncalled(layer: Layer) -> None:
         if isinstance(parent, nn.MultiheadAttention):
             raise ValueError(
                 f"{OP}: {layer} is read, and never called, by its MultiheadAttention, so a new layer would do nothing; leave "
-                f"it out with where=lambda name, layer: not name.endswith({attribute!r})"
+                f"it out with where=lambda name, layer: not name.endswith({attribute!r}){SEE}"
             )
         if isinstance(parent, nn.TransformerEncoderLayer) and _has_fast_path(parent):
             raise ValueError(
                 f"{OP}: {layer} is read, and not called, by its TransformerEncoderLayer's fast path in inference, so a new "
                 "layer would do nothing there; call torch.backends.mha.set_fastpath_enabled(False) first, or leave it out "
-                "with where="
+                f"with where={SEE}"
             )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
+from ._pages import see
 from ._progress import progress_bar
 from ._running import evaluating
 from ._swap_check import Certificate, Example, compare_alone
@@ -426,5 +427,5 @@ def _certify(report: SwapReport, run: Example, swapped: Sequence[_Swapped], reci
         if not apart <= allowed[name] * (1 if names[name].difference is None else 100):
             raise ValueError(
                 f"{OP}: the recipe for {names[name].layer} changes what it computes, by {apart:.3g} on the example; pass "
-                "change_output=True if that is meant"
+                f"change_output=True if that is meant{see('swapping.md#what-is-checked')}"
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _load
+from .._pages import see
 from ..ops import _checks as check
 
 COLOR_SPACES = ("gray", "ycbcr", "rgb", "cmyk", "ycck")
@@ -76,7 +77,7 @@ def _unpacked(packed: Tensor, grids: tuple[tuple[int, int], ...], *facts: Any) -
 
 def _libjpeg(op: str) -> Any:
     if _load.jpeg is None:
-        raise RuntimeError(f"{op}: {_load.missing['jpeg']}")
+        raise RuntimeError(f"{op}: {_load.missing['jpeg']}{see('jpeg.md#without-libjpeg')}")
     return _load.jpeg
 
 
@@ -141,7 +142,7 @@ def _refuse(op: str, source: Any, readable: Any, found: str | int | None, index:
     name = os.fsdecode(readable[0]) if isinstance(readable, tuple) else f"{memoryview(readable).nbytes} bytes"
     if index is not None:
         name = f"source {index} ({name})"
-    raise JpegError(f"{op}: {name}: {found}")
+    raise JpegError(f"{op}: {name}: {found}{see('jpeg.md#broken-files')}")
 
 
 def read(source: Source, *, strict: bool = True, max_pixels: int = 2**28, max_scans: int = 100) -> JpegCoefficients:
@@ -267,7 +268,7 @@ def write(coefs: JpegCoefficients, *, progressive: bool = False, optimize: bool 
         TypeError: a field has another type or dtype.
         RuntimeError: fourfold was built without libjpeg.
     """
-    op = "jpeg.write"
+    op, there = "jpeg.write", see("jpeg.md#writing")
     if not isinstance(coefs, JpegCoefficients):
         raise TypeError(f"{op}: coefs must be JpegCoefficients, got {type(coefs).__name__}")
     for name, flag in (("progressive", progressive), ("optimize", optimize)):
@@ -282,10 +283,11 @@ def write(coefs: JpegCoefficients, *, progressive: bool = False, optimize: bool 
     count = _COMPONENTS[color_space]
     for name, fields in (("components", components), ("qtables", qtables), ("sampling", sampling)):
         if len(fields) != count:
-            raise JpegError(f"{op}: {name} must have {count} entries for color_space {coefs.color_space!r}, got {len(fields)}")
+            found = f"{len(fields)}{there}"
+            raise JpegError(f"{op}: {name} must have {count} entries for color_space {coefs.color_space!r}, got {found}")
     if not all(0 <= s < 2**31 for s in (*size, *(f for pair in sampling for f in pair))):
-        raise JpegError(f"{op}: no JPEG has size {size} and sampling {tuple(sampling)}")
+        raise JpegError(f"{op}: no JPEG has size {size} and sampling {tuple(sampling)}{there}")
     written = _libjpeg(op).write(components, qtables, size, sampling, color_space, progressive, optimize)
     if isinstance(written, str):
-        raise JpegError(f"{op}: {written}")
+        raise JpegError(f"{op}: {written}{there}")
     return written

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .._pages import see
 from ..ops import _checks as check
 from ..ops._coord_plan import CoordSpec
 from ..ops.coordconv import ACTIVATIONS, add_coords, coord_conv, coord_conv_transpose
@@ -268,6 +269,7 @@ class _CoordLayer(nn.Module):
                 error_msgs.append(
                     f"coord checkpoint: weight has {own + nc} input channels; expected {own} (conv) or {own + nc} (conv + "
                     "coords, preset='walsvid'); use load_concat_state_dict(..., preset=...)"
+                    + see("coordconv.md#checkpoints-of-other-implementations")
                 )
                 return
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
+from .._pages import see
 from ._register import transforming
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -36,7 +37,7 @@ def local(op: str, name: str, x: Tensor) -> None:
     raise TypeError(
         f"{op}: {name} must be a plain tensor, got a DTensor; pass its .to_local() where each process may work on its own "
         "part, or its .full_tensor(), and leave the layer out of the parallelize plan; fully_shard (FSDP2) gathers parameters "
-        "for forward, elsewhere call the layer's unshard() first"
+        f"for forward, elsewhere call the layer's unshard() first{see('scale.md#what-doesnt-work')}"
     )
 
 
@@ -109,7 +110,7 @@ def out_tensor(op: str, out: Any, shape: tuple[int, ...], like: Any, *others: Te
     if torch.is_grad_enabled() and any(t.requires_grad for t in (out, *inputs)):
         raise ValueError(
             f"{op}: out= does not support autograd, but an argument requires a gradient; "
-            "call it under torch.no_grad() or without out="
+            f"call it under torch.no_grad() or without out={see('performance.md#where-the-result-is-written')}"
         )
     if torch.compiler.is_compiling():
         return  # memory is looked at below, and there is none yet
@@ -119,7 +120,10 @@ def out_tensor(op: str, out: Any, shape: tuple[int, ...], like: Any, *others: Te
         raise ValueError(f"{op}: out must not be an expanded tensor, whose elements share memory; pass out.contiguous()")
     memory = out.untyped_storage().data_ptr()
     if memory and any(t.untyped_storage().data_ptr() == memory for t in inputs):
-        raise ValueError(f"{op}: out must not share memory with an input; pass a tensor of its own")
+        raise ValueError(
+            f"{op}: out must not share memory with an input; pass a tensor of its own"
+            f"{see('performance.md#where-the-result-is-written')}"
+        )
 
 
 def written(out: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._pages import see
+
 EPS = 2.0**-52
 
 #: Modules that a warning is never about: this library, and what torch.compiler.disable puts around its functions.
@@ -40,7 +42,7 @@ def refuse_few(op: str, n: int, d: int) -> None:
     if n <= d:
         raise ValueError(
             f"{op}: n must be larger than the number of dimensions, got n={n} samples for {d} dimensions: every correlation "
-            "would be 1, whatever the data; use more samples, svcca, or cka with unbiased=True"
+            "would be 1, whatever the data; use more samples, svcca, or cka with unbiased=True" + see("cca.md#few-samples")
         )
 
 
@@ -59,7 +61,7 @@ def warn_chance(op: str, n: int, d: int, stacklevel: int | None = None) -> None:
         level = min(1.0, d / max(n - 1, 1))
         _warn(
             f"{op}: n={n} samples for {d} dimensions; independent data would reach a chance level of r2 = {level:.2g} "
-            f"(d / (n - 1)); use at least {10 * d} samples",
+            f"(d / (n - 1)); use at least {10 * d} samples{see('cca.md#few-samples')}",
             stacklevel if stacklevel is None else stacklevel + 1,
         )
 
@@ -72,7 +74,7 @@ def warn_condition(op: str, name: str, whitener: "Whitener", stacklevel: int | N
         found = f"above {kappa:.3g} ({lost} of its directions are left out)" if lost else f"of {kappa:.3g}"
         _warn(
             f"{op}: {name} has a condition number {found}; precision='fast' is meant for up to {FAST_KAPPA:.0f}, and "
-            "errors grow with its square; use precision='high'",
+            f"errors grow with its square; use precision='high'{see('cca.md#precision')}",
             stacklevel if stacklevel is None else stacklevel + 1,
         )
 
@@ -87,14 +89,15 @@ def warn_constant(op: str, names: list[Any]) -> None:
     if names:
         _warn(
             f"{op}: {len(names)} layers have the same value in every sample, and are NaN (0 / 0), the first {names[0]!r}; "
-            "leave them out",
+            f"leave them out{see('cca.md#limits')}",
             None,
         )
 
 
 def refuse_constant(op: str, name: str) -> None:
     """Raises the ValueError of a measure that a constant input leaves undefined."""
-    raise ValueError(f"{op}: {name} must vary, got the same value in every sample (0 / 0); leave such a layer out")
+    there = see("cca.md#limits")
+    raise ValueError(f"{op}: {name} must vary, got the same value in every sample (0 / 0); leave such a layer out{there}")
 
 
 def number(op: str, name: str, value: Any) -> float:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._pages import see
 from . import _similarity as similarity
 from ._cca_frequencies import Frequencies
 from ._cca_ops import _count_nonfinite
@@ -286,7 +287,7 @@ class StreamingCCA:
             if grids is None:
                 raise ValueError(
                     f"{op}: layers {a!r} {tuple(x.shape)} and {b!r} {tuple(y.shape)} have different samples; use "
-                    "conv='avgpool', or name the pairs to compare with pairs="
+                    f"conv='avgpool', or name the pairs to compare with pairs={see('cca.md#convolutional-layers-and-tokens')}"
                 )
             count = math.prod(grids[0]) if grids[0] is not None else self._positions(x)
             ends = (a, grids[0]), (b, grids[1])

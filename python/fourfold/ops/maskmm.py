@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._pages import see
 from ..reference._dtypes import accumulate_type
 from . import _checks as check
 from ._register import looped, register, transforming
@@ -346,11 +347,13 @@ def packed_bits(op: str, mask: Any, weight: Tensor, name: str = "mask") -> Tenso
         if not check.has_shape(mask, n, row_bytes(k)):
             raise ValueError(
                 f"{op}: packed {name} for weight {tuple(weight.shape)} must be {(n, row_bytes(k))}, got {tuple(mask.shape)}"
+                f"{see('maskmm.md#masks')}"
             )
         check_pad(op, mask, k, name)
         return mask.contiguous()
     if mask.dtype != torch.bool:
-        raise TypeError(f"{op}: {name} must be bool or packed uint8, got {check.dtype_name(mask)}{_soft_hint(mask)}")
+        hint = _soft_hint(mask) + see("maskmm.md#masks")
+        raise TypeError(f"{op}: {name} must be bool or packed uint8, got {check.dtype_name(mask)}{hint}")
     if tuple(mask.shape) != tuple(weight.shape) and not check.has_shape(mask, n, k):
         hint = f"; did you mean {name}.t()?" if tuple(mask.shape) == tuple(weight.shape[::-1]) else ""
         raise ValueError(f"{op}: {name} shape {tuple(mask.shape)} does not match weight shape {tuple(weight.shape)}{hint}")

@@ -18,6 +18,7 @@ from torch._subclasses import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import _C
+from .._pages import see
 from . import _checks as check
 from ._register import calls, looped, register, transforming
 from .maskmm import check_pad, packed_bits
@@ -571,7 +572,8 @@ def _bits(op: str, mask: Any, like: Tensor, n: int, k: int) -> Tensor:
 
 def _check_columns(op: str, format: str, k: int) -> None:  # noqa: A002
     if format == "csr16" and k > 65536:
-        raise ValueError(f"{op}: format 'csr16' holds at most 65536 columns, got {k}; use 'slab'")
+        there = see("maskmm.md#sparse-inference")
+        raise ValueError(f"{op}: format 'csr16' holds at most 65536 columns, got {k}; use 'slab'{there}")
 
 
 # ---- which format ----------------------------------------------------------------------------------------------------------
