@@ -11,7 +11,8 @@ The uniform split tests a random quarter of the centres, the quadrant split the 
 import argparse
 import math
 import time
-from itertools import product
+from collections.abc import Callable
+from itertools import pairwise, product
 from pathlib import Path
 
 import fourfold as ff
@@ -65,15 +66,19 @@ def coord_conv_net(task: str) -> nn.Sequential:
     )  # fmt: skip
 
 
-def rival_net(task: str, kernel: int = 4) -> nn.Sequential:
-    """Convolutions without coordinates, as the paper has them: ten to a hundred times as many weights."""
+def rival_net(task: str, kernel: int = 4, width: int = 1) -> nn.Sequential:
+    """Convolutions without coordinates, as the paper has them: ten to a hundred times as many weights.
+
+    kernel and, as a factor, width are those of the transposed convolutions, for the classification.
+    """
     layers: list[nn.Module] = []
     if task == "classification":
         layers += [nn.AvgPool2d(SIZE)]  # the two numbers as one pixel, which six layers enlarge to 64 x 64
         twice = (kernel, 2, (kernel - 1) // 2, kernel % 2)
-        for channels, out in ((2, 64), (64, 64), (64, 64), (64, 32), (32, 32)):
-            layers += [nn.ConvTranspose2d(channels, out, *twice), nn.BatchNorm2d(out), nn.ReLU()]
-        return nn.Sequential(*layers, nn.ConvTranspose2d(32, 1, *twice), nn.Flatten())
+        channels = [2, *(width * count for count in (64, 64, 64, 32, 32))]
+        for some, out in pairwise(channels):
+            layers += [nn.ConvTranspose2d(some, out, *twice), nn.BatchNorm2d(out), nn.ReLU()]
+        return nn.Sequential(*layers, nn.ConvTranspose2d(channels[-1], 1, *twice), nn.Flatten())
     for channels in (1, 16, 16):
         layers += [nn.Conv2d(channels, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
     layers += [nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(), nn.Flatten()]
@@ -113,16 +118,29 @@ def loss_of(task: str, out: Tensor, where: Tensor) -> Tensor:
 
 
 def train(
-    task: str, net: nn.Module, where: Tensor, steps: int, batch: int, weight_decay: float, rate: float = 0.01, name: str = ""
+    task: str,
+    net: nn.Module,
+    where: Tensor,
+    steps: int,
+    batch: int,
+    weight_decay: float,
+    rate: float = 0.01,
+    name: str = "",
+    tell: Callable[[float], object] | None = None,
 ) -> None:
-    """A fixed number of steps on random centres, learning rate up and down again; a bar if there is a name for it."""
+    """A fixed number of steps on random centres, learning rate up and down again.
+
+    name: of the bar; none without. tell: called in each step with the share that is done, for bars of others.
+    """
     he_init(net)
     net.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=steps)
     net.train()
     progress = tqdm(range(steps), desc=name, disable=None if name else True)
-    for _ in progress:
+    for step in progress:
+        if tell is not None:
+            tell(step / steps)
         some = where[torch.randint(len(where), (batch,))]
         loss = loss_of(task, net(inputs(task, some)), some)
         optimizer.zero_grad()

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import re
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from fourfold import _load
 from fourfold.reproduce import __main__ as command
-from fourfold.reproduce import _registry, _render, _run, coordconv
-from fourfold.reproduce._registry import NOT, OFFLINE, PARTLY, REPRODUCED, Claim, Run
+from fourfold.reproduce import _registry, _render, _run, _timing, coordconv
+from fourfold.reproduce._registry import NOT, OFFLINE, PARTLY, REPRODUCED, UNFINISHED, Claim, Run
 
+DOCS = Path(__file__).parents[1] / "docs"
 FAST = ["cca.invariance", "cca.theorem", "blockdct.transform", "blockdct.linear-equivalence", "coordconv.zero-weights",
-        "supsup.all-masks-at-once"]  # fmt: skip
+        "coordconv.parameters", "maskmm.memory", "supsup.all-masks-at-once"]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +45,7 @@ def test_every_claim_says_what_it_is():
     for name, claim in every.items():
         assert re.fullmatch(r"[a-z]+\.[a-z0-9.-]+", name) and name.startswith(claim.family + ".")
         assert claim.claim and claim.source and claim.criterion
+        assert not claim.criterion.endswith(".")  # the page adds it
 
 
 @pytest.mark.parametrize(
@@ -71,8 +76,10 @@ def test_two_of_one_name_are_refused():
 
 def test_list_runs_nothing(capsys, monkeypatch):
     monkeypatch.setattr(command, "run_claim", lambda *_: pytest.fail("it ran"))
-    assert command.main(["--list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(_registry.every_claim())
+    monkeypatch.setattr(_render, "write", lambda *_: pytest.fail("it wrote"))
+    for more in ([], ["--full", "--write", "none/x.json"], ["--render", "none.json", "--write", "none.md"]):
+        assert command.main(["--list", *more]) == 0
+        assert len(capsys.readouterr().out.splitlines()) == len(_registry.every_claim())
 
 
 # ---- verdicts --------------------------------------------------------------------------------------------------------
@@ -119,7 +126,10 @@ def test_each_run_begins_with_its_seed():
 
 @pytest.mark.parametrize("name", FAST)
 def test_fast_claims_are_reproduced(name):
-    result = _run.run_claim(_registry.every_claim()[name], full=False)
+    claim = _registry.every_claim()[name]
+    if "tqdm" in claim.needs:
+        pytest.importorskip("tqdm", reason="the example needs tqdm; run: pip install tqdm")
+    result = _run.run_claim(claim, full=False)
     assert result["verdict"] == REPRODUCED, result["found"]
 
 
@@ -168,6 +178,17 @@ def test_a_missing_package_is_said(capsys, monkeypatch):
 
 def test_claims_need_what_can_be_said():
     assert {name for claim in _registry.every_claim().values() for name in claim.needs} == {*_run.PACKAGES, "libjpeg"}
+    project = (DOCS.parent / "pyproject.toml").read_text(encoding="utf-8")
+    (extra,) = re.findall(r"^reproduce = \[(.*)\]$", project, re.M)
+    assert set(re.findall(r'"([\w-]+)"', extra)) == {*_run.PACKAGES.values(), "matplotlib"}  # for the page's pictures
+
+
+def test_the_examples_that_claims_run_are_installed():
+    sources = "".join(path.read_text(encoding="utf-8") for path in Path(_run.__file__).parent.glob("*.py"))
+    names = set(re.findall(r"from fourfold\.examples import (\w+)", sources))
+    assert len(names) >= 6
+    for name in names:
+        assert importlib.util.find_spec(f"fourfold.examples.{name}") is not None, name
 
 
 def test_a_build_without_jpeg_is_said(capsys, monkeypatch):
@@ -196,11 +217,155 @@ def test_a_run_in_parts(tmp_path, capsys):
         assert command.main([name, "--write", str(path)]) == 0
     record = json.loads(path.read_text())
     assert list(record["claims"]) == ["maskmm.bytes", "supsup.bytes"]  # in the ledger's order
-    for key, other in (("mode", "full"), ("machine", {"cpu": "another"})):
+    versions = {**record["machine"], "fourfold": "0.0.1"}
+    for key, other in (("mode", "full"), ("machine", {"cpu": "another"}), ("machine", versions)):
         path.write_text(json.dumps(record | {key: other}))
         with pytest.raises(SystemExit, match="2"):
-            command.main(["cca.compression", "--write", str(path)])
+            command.main(["maskmm.bytes", "--write", str(path)])
         assert f"holds a run with {key}" in capsys.readouterr().err
+
+
+class Counted:
+    """A claim that can break at a seed, and keeps the seeds that it ran."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.ran: list[int] = []
+        self.breaks_at = -1
+        self.claim = claim_of(self.run)
+        every = _registry.every_claim() | {"cca.x": self.claim}
+        for module in (_registry, _run, _render):
+            monkeypatch.setattr(module, "every_claim", lambda: every)
+
+    def run(self, seed: int, full: bool) -> Run:
+        if seed == self.breaks_at:
+            raise KeyboardInterrupt
+        self.ran.append(seed)
+        return Run(REPRODUCED if seed else NOT, f"seed {seed}", {"value": float(seed)})
+
+
+def test_finished_seeds_are_not_run_again(tmp_path, capsys, monkeypatch):
+    path, counted = tmp_path / "x.json", Counted(monkeypatch)
+    counted.breaks_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["cca.x", "--full", "--write", str(path)])
+    result = json.loads(path.read_text())["claims"]["cca.x"]
+    assert [run["seed"] for run in result["runs"]] == [0, 1] and result["verdict"] == UNFINISHED
+    counted.breaks_at = -1
+    assert command.main(["cca.x", "--full", "--seeds", "3,4", "--write", str(path)]) == 0
+    assert "4 of 5 seeds so far" in capsys.readouterr().out
+    assert command.main(["cca.x", "--full", "--write", str(path)]) == 0
+    assert counted.ran == [0, 1, 3, 4, 2]
+    result = json.loads(path.read_text())["claims"]["cca.x"]
+    assert [run["seed"] for run in result["runs"]] == [0, 1, 2, 3, 4] and result["verdict"] == PARTLY
+    assert [run["figures"]["value"] for run in result["runs"]] == [0, 1, 2, 3, 4] and "4 of 5 seeds" in result["found"]
+    assert command.main(["cca.x", "--full", "--write", str(path)]) == 0
+    assert len(counted.ran) == 5
+    assert command.main(["cca.x", "--full", "--again", "--seeds", "0", "--write", str(path)]) == 0
+    assert counted.ran[5:] == [0] and len(json.loads(path.read_text())["claims"]["cca.x"]["runs"]) == 1
+    assert [one.name for one in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_seeds_of_another_criterion_are_not_mixed_in(tmp_path, capsys, monkeypatch):
+    path, counted = tmp_path / "x.json", Counted(monkeypatch)
+    assert command.main(["cca.x", "--full", "--seeds", "0", "--write", str(path)]) == 0
+    record = json.loads(path.read_text())
+    record["claims"]["cca.x"]["criterion"] = "another"
+    path.write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["cca.x", "--full", "--write", str(path)])
+    assert "criterion of cca.x has changed" in capsys.readouterr().err and counted.ran == [0]
+    assert command.main(["cca.x", "--full", "--again", "--write", str(path)]) == 0
+    assert counted.ran == [0, 0, 1, 2, 3, 4]
+    record["claims"]["cca.gone"] = record["claims"]["cca.x"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["cca.x", "--full", "--write", str(path)])
+    assert "cca.gone that is no more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0"], "--full --write"),
+        (["--full", "--seeds", "0"], "--full --write"),
+        (["--full", "--write", "x.json", "--seeds", "5"], "seeds are 0, 1, 2, 3, 4"),
+        (["--full", "--write", "x.json", "--seeds", "0-2"], "seeds are 0, 1, 2, 3, 4"),
+        (["--again"], "--write FILE"),
+        (["--render", "x.json", "--again"], "--write FILE"),
+    ],
+)
+def test_options_that_make_no_sense(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        command.main(arguments)
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_the_bar_moves_within_a_seed(monkeypatch):
+    tqdm = pytest.importorskip("tqdm", reason="the bar needs tqdm; run: pip install tqdm")
+    seen = []
+
+    def run(seed: int, full: bool) -> Run:
+        for share in (0.25, 0.5):
+            _registry.step(share)
+            seen.append(bar.n)
+        inner = _registry.part(1, 2)
+        inner(0.5)
+        seen.append(bar.n)
+        return Run(REPRODUCED, "f")
+
+    bar = tqdm.tqdm(total=4, disable=False, file=io.StringIO())
+    monkeypatch.setattr(command, "bar_of", lambda seeds: bar)
+    record = _run.new_record(full=False)
+    assert command.run([claim_of(run), claim_of(run)], record, None) == 0
+    assert seen == [0.25, 0.5, 0.75, 1.25, 1.5, 1.75] and bar.n == 2
+    _registry.step(0.5)  # nobody listens any more
+    assert bar.n == 2
+
+
+def test_a_training_says_how_far_it_is():
+    pytest.importorskip("tqdm", reason="the example needs tqdm; run: pip install tqdm")
+    from fourfold.examples import not_so_clevr as example
+
+    seen, _ = example.centres("uniform")
+    shares = []
+    with _registry.listening(shares.append):
+        coordconv._trained(
+            example.coord_conv_net, "regression", 0, seen, _registry.part(1, 2), steps=4, batch=2, weight_decay=0.0
+        )
+    assert shares == [0.5, 0.625, 0.75, 0.875]
+
+
+def test_the_bar_counts_seeds(monkeypatch):
+    tqdm = pytest.importorskip("tqdm", reason="the bar needs tqdm; run: pip install tqdm")
+    shown = io.StringIO()
+    monkeypatch.setattr(
+        command, "progress_bar", lambda total, unit: tqdm.tqdm(total=total, unit=unit, file=shown, mininterval=0)
+    )
+    with command.bar_of(7) as bar:
+        for share in (1.0, 1.01, 1.02):
+            bar.update(share - bar.n)
+    assert "1.02/7 seeds" in shown.getvalue()
+
+
+def test_timings_take_turns():
+    order = []
+    first, second = _timing.medians([lambda: order.append("a"), lambda: order.append("b")], 3)
+    assert order == ["a", "b"] * 4 and first >= 0 and second >= 0
+    order.clear()
+    _timing.medians([lambda: order.append("a")], 1, warm_up=False)
+    assert order == ["a"]
+    order.clear()
+    (seconds,) = _timing.medians([lambda: order.append("a")], 1, at_least=0.001)
+    assert len(order) > 10 and seconds < 0.001
+
+
+def test_one_thread_is_timed_by_the_processor():
+    """Which does not count what it waits."""
+    (seconds,) = _timing.medians([lambda: time.sleep(0.05)], 1)
+    torch.set_num_threads(2)
+    (waited,) = _timing.medians([lambda: time.sleep(0.05)], 1)
+    assert seconds < 0.03 < 0.05 <= waited
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------
@@ -216,15 +381,56 @@ def stored(tmp_path, capsys) -> Path:
 
 def test_page_says_what_was_found(stored, tmp_path, capsys):
     record = json.loads(stored.read_text())
-    assert record["mode"] == "quick" and list(record["claims"]) == ["supsup.bytes", "cca.compression"]
+    assert record["mode"] == "quick" and list(record["claims"]) == ["supsup.bytes"]  # cca.compression cannot run
     assert command.main(["--render", str(stored)]) == 0
     page = capsys.readouterr().out
-    assert record["claims"]["supsup.bytes"]["found"] in page and "**partly** (quick)" in page and "not testable offline" in page
-    assert "A quick run" in page
+    assert record["claims"]["supsup.bytes"]["found"] in page and "**partly (quick)**" in page
+    assert "This was a quick run" in page and "as it needs the paper's trained networks" in page
     target = tmp_path / "claims.md"
     assert command.main(["--render", str(stored), "--write", str(target)]) == 0
     assert target.read_text() == page.removesuffix("\n")  # print adds one
     assert sorted(path.name for path in tmp_path.iterdir()) == ["claims.json", "claims.md"]  # nothing to draw
+
+
+def test_the_page_has_every_claim(stored):
+    """Those that have not run yet as well, and says so."""
+    page = _render.page(_render.load(stored))
+    for name, claim in _registry.every_claim().items():
+        entry = page.partition(f"\n### `{name}`\n")[2].partition("\n#")[0]
+        assert claim.claim[1:] in entry and claim.source in entry and claim.criterion in entry
+        said = OFFLINE if claim.run is None else "partly (quick)" if name == "supsup.bytes" else "not yet run"
+        assert f"Verdict: **{said}**" in entry
+        assert f"[`{name}`](#{_render._anchor(name)}) | {said} |" in page
+
+
+def test_the_page_names_what_did_not_hold_and_seeds_still_to_run(tmp_path, monkeypatch):
+    path, counted = tmp_path / "x.json", Counted(monkeypatch)
+    for seeds in ("0,3", "1,2,4"):
+        assert command.main(["cca.x", "--full", "--seeds", seeds, "--write", str(path)]) == 0
+        page = _render.page(_render.load(path))
+        assert ("**unfinished** (seeds 0, 3; still to be run: 1, 2, 4; " in page) == (seeds == "0,3")
+        assert ("- [`cca.x`](#ccax), partly: c. 4 of 5" in page) == (seeds != "0,3")
+    assert "value 2 (0 to 4)" in page and counted.ran == [0, 3, 1, 2, 4]
+
+
+def test_verdicts_are_what_the_seeds_give(stored, capsys):
+    record = json.loads(stored.read_text())
+    record["claims"]["supsup.bytes"]["verdict"] = REPRODUCED
+    stored.write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--render", str(stored)])
+    assert "what its seeds do not give" in capsys.readouterr().err
+    assert command.main(["supsup.bytes", "--write", str(stored)]) == 0
+    assert json.loads(stored.read_text())["claims"]["supsup.bytes"]["verdict"] == PARTLY
+
+
+def test_the_documentation_shows_the_stored_run():
+    """docs/claims.md is what --render makes of docs/claims.json, with the pictures that it shows."""
+    record = _render.load(DOCS / "claims.json")
+    assert record["mode"] == "full"
+    page = (DOCS / "claims.md").read_text(encoding="utf-8")
+    assert page == _render.page(record)
+    assert sorted(re.findall(r"\(pictures/(claims-[\w.]+)\)", page)) == sorted(p.name for p in DOCS.glob("pictures/claims-*"))
 
 
 def test_a_changed_criterion_needs_a_new_run(stored, capsys):
@@ -248,21 +454,26 @@ def test_pictures(tmp_path):
     pytest.importorskip("matplotlib", reason="needs matplotlib; run: pip install matplotlib")
     pytest.importorskip("tqdm", reason="needs tqdm; run: pip install tqdm")
     every = _registry.every_claim()
-
-    def result(name: str, **run: object) -> dict[str, object]:
-        words = {"claim": every[name].claim, "source": "", "criterion": every[name].criterion, "verdict": PARTLY, "found": ""}
-        return words | {"seconds": 1.0, "runs": [run]}
-
     record = _run.new_record(full=True)
-    record["claims"] = {
-        "coordconv.quadrant": result(
-            "coordconv.quadrant", series={"split": "quadrant", "coordconv": "1" * 729, "deconv": "0" * 729}
-        ),
-        "maskmm.criteria": result("maskmm.criteria", figures={"random": 0.1, "large_final": 0.8}),
-        "cca.bottom-up": result("cca.bottom-up", series={"steps": [0, 10], "curves": [[0.5, 1.0], [0.4, 1.0]]}),
-    }
+    for name, run in {
+        "coordconv.quadrant": Run(PARTLY, "", series={"split": "quadrant", "coordconv": "1" * 729, "deconv": "0" * 729}),
+        "maskmm.criteria": Run(PARTLY, "", {"random": 0.1, "large_final": 0.8}),
+        "cca.bottom-up": Run(PARTLY, "", series={"steps": [0, 10], "curves": [[0.5, 1.0], [0.4, 1.0]]}),
+    }.items():
+        record["claims"][name] = _run.result_of(every[name], True, [run])
     written = _render.write(record, tmp_path / "claims.md")
-    assert [path.name for path in written] == ["claims.md", "claims_coordconv.png", "claims_maskmm.png", "claims_cca.png"]
+    assert [path.name for path in written] == ["claims.md", "claims-coordconv.png", "claims-maskmm.svg", "claims-cca.svg"]
     page = written[0].read_text()
     for path in written[1:]:
-        assert path.stat().st_size > 1000 and f"](images/{path.name})" in page
+        assert path.stat().st_size > 1000 and f"](pictures/{path.name})" in page
+    before = [path.read_bytes() for path in written]
+    assert [path.read_bytes() for path in _render.write(record, tmp_path / "claims.md")] == before
+
+
+def test_pictures_need_matplotlib(tmp_path, monkeypatch):
+    record = _run.new_record(full=True)
+    claim = _registry.every_claim()["maskmm.criteria"]
+    record["claims"][claim.name] = _run.result_of(claim, True, [Run(PARTLY, "", {"random": 0.1})])
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match="pip install matplotlib"):
+        _render.write(record, tmp_path / "claims.md")

@@ -7,11 +7,21 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .._progress import progress_bar
 from . import _render
-from ._registry import FAMILIES, Claim, choose
-from ._run import Record, continued, lacking, new_record, run_claim, store, tally
+from ._registry import FAMILIES, SEEDS, Claim, choose
+from ._run import Record, continued, lacking, new_record, run_claim, runs_of, store, tally
+
+
+def seeds_of(text: str) -> list[int]:
+    """Of the option: "0", or "0,3"."""
+    known = {str(seed): seed for seed in SEEDS}
+    chosen = text.split(",")
+    if not set(chosen) <= set(known):
+        raise argparse.ArgumentTypeError(f"seeds are {', '.join(known)}, with commas between them; not {text!r}")
+    return [known[one] for one in chosen]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,28 +34,36 @@ def main(arguments: list[str] | None = None) -> int:
     mode.add_argument("--full", action="store_true", help="the stated criteria over seeds 0 to 4; hours")
     mode.add_argument("--render", type=Path, metavar="RESULT.json", help="run nothing: the ledger of a stored run, as Markdown")
     parser.add_argument(
+        "--seeds", type=seeds_of, metavar="0,1", help="with --full --write: only these seeds now, the others at another time"
+    )
+    parser.add_argument(
         "--write",
         type=Path,
         metavar="FILE",
-        help="store the run, beside what the file holds of earlier ones; with --render the page",
+        help="store each seed as it ends; those that FILE holds already are not run again. With --render the page",
     )
+    parser.add_argument("--again", action="store_true", help="with --write: run what FILE holds of these claims once more")
     chosen = parser.parse_args(arguments)
+    if chosen.seeds is not None and not (chosen.full and chosen.write):
+        parser.error("--seeds leaves some for later, so it goes with --full --write FILE")
+    if chosen.again and (chosen.render or not chosen.write):
+        parser.error("--again is about what a file holds, so it goes with --write FILE")
     try:
         claims = choose(chosen.names)
+        if chosen.list:
+            for claim in claims:
+                print(f"{claim.name:<28}{claim.claim}" + ("" if claim.run else " (not testable offline)"))
+            return 0
         if chosen.render:
             return render(chosen.render, chosen.write)
         record = new_record(chosen.full)
-        if chosen.write and not chosen.list:  # before the hours, not after them
+        if chosen.write:  # before the hours, not after them
             if not chosen.write.parent.is_dir():
                 raise ValueError(f"reproduce: there is no folder {chosen.write.parent} to write to")
-            record = continued(record, chosen.write)
+            record = continued(record, chosen.write, claims, chosen.again)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
-    if chosen.list:
-        for claim in claims:
-            print(f"{claim.name:<28}{claim.claim}" + ("" if claim.run else " (not testable offline)"))
-        return 0
-    return run(claims, record, chosen.write)
+    return run(claims, record, chosen.write, chosen.seeds)
 
 
 def render(source: Path, target: Path | None) -> int:
@@ -58,34 +76,53 @@ def render(source: Path, target: Path | None) -> int:
     return 0
 
 
-def run(claims: list[Claim], record: Record, target: Path | None) -> int:
+def bar_of(seeds: int) -> Any:
+    """A bar that counts seeds, and moves within one; None where nobody looks. It guesses no end: seeds take 0 s to an hour."""
+    bar = progress_bar(seeds, "seed")
+    if bar is not None:
+        bar.bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n:.2f}/{total} seeds, {elapsed}"
+        bar.miniters, bar.dynamic_miniters = 0, False  # or steps that are smaller than those before would not show
+    return bar
+
+
+def run(claims: list[Claim], record: Record, target: Path | None, seeds: list[int] | None = None) -> int:
     """Runs, prints, and stores if there is a target."""
     full, given, missing, start = record["mode"] == "full", [], 0, time.perf_counter()
-    bar = progress_bar(sum(len(claim.seeds(full)) for claim in claims), "run")
+    bar = bar_of(sum(len(claim.seeds(full)) for claim in claims))
     say: Callable[[str], object] = bar.write if bar is not None else lambda line: print(line, flush=True)
     with bar if bar is not None else contextlib.nullcontext():
-        family = ""
+        family, before = "", 0
         for claim in claims:
             if claim.family != family:
                 family = claim.family
                 say(f"\n{FAMILIES[family]}")
-            if bar is not None:
-                bar.set_description(claim.name)
             if remedy := lacking(claim):
                 missing += 1
+                before += len(claim.seeds(full))
                 say(f"  {'NOT RUN':<21} {claim.name}: {remedy}")
                 continue
-            result = run_claim(claim, full, bar.update if bar is not None else lambda: None)
-            record["claims"][claim.name] = result
+
+            def tell(done: float, before: int = before) -> None:
+                if bar is not None:
+                    bar.update(before + done - bar.n)
+
+            def keep(result: Record, name: str = claim.name) -> None:
+                if target:  # after each seed: hours of work survive what comes then
+                    store(record, target, name, result)
+
+            if bar is not None:
+                bar.set_description(claim.name)
+            result = run_claim(claim, full, runs_of(record["claims"].get(claim.name, {})), seeds, keep, tell)
+            if claim.run is not None:
+                keep(result)
+            before += len(claim.seeds(full))
             given.append(result["verdict"])
             say(line(claim, result, full))
-            if target:  # after each claim: hours of work survive what comes then
-                store(record, target)
     said = ", ".join(f"{count} {verdict}" for verdict, count in tally(given).items())
     how = "criteria over seeds 0 to 4" if full else "quick: one seed each, an indication; --full decides"
     print(f"\n{said}; {time.perf_counter() - start:.0f} s ({how})")
     if target:
-        print(f"wrote {target}")
+        print(f"in {target}")
     if missing:
         print(f"{missing} not run, for want of what they need", file=sys.stderr)
     return 1 if missing else 0

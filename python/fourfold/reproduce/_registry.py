@@ -1,8 +1,9 @@
 """What a claim is, and the list of all of them."""
 
+import contextlib
 import fnmatch
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +18,32 @@ FAMILIES = {
 }  # each a module of this package, which registers its claims
 
 REPRODUCED, PARTLY, NOT, OFFLINE = "reproduced", "partly", "not reproduced", "not testable offline"
-VERDICTS = (REPRODUCED, PARTLY, NOT, OFFLINE)
+UNFINISHED = "unfinished"  # some of its seeds are still to be run
+VERDICTS = (REPRODUCED, PARTLY, NOT, UNFINISHED, OFFLINE)
 SEEDS = range(5)
+
+_listeners: list[Callable[[float], object]] = []
+
+
+@contextlib.contextmanager
+def listening(listener: Callable[[float], object]) -> Iterator[None]:
+    """While it lasts, the listener is told by :func:`step` how much of a seed is done."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def step(share: float) -> None:
+    """Says that this share of the seed is done, from 0 to 1. Runs that take a while do, or their bar would stand still."""
+    for listener in _listeners:
+        listener(share)
+
+
+def part(index: int, count: int) -> Callable[[float], None]:
+    """A :func:`step` for one of several parts of about equal length."""
+    return lambda share: step((index + share) / count)
 
 
 @dataclass
@@ -26,13 +51,18 @@ class Run:
     """What one seed gave.
 
     verdict: of this seed alone: reproduced, partly or not reproduced. found: one sentence. figures: its numbers by name, for
-    judging over seeds and for tables. series: lists of numbers that pictures are drawn from.
+    judging over seeds and for tables. series: lists of numbers that pictures are drawn from. seed, date, seconds, cpu_seconds
+    (of all threads: what it takes whoever else is at work): filled in by who runs it.
     """
 
     verdict: str
     found: str
     figures: dict[str, float] = field(default_factory=dict)
     series: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    date: str = ""
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -40,9 +70,9 @@ class Claim:
     """A published claim, what counts as reproducing it, and the function that tries.
 
     run: (seed, full) -> Run; None if it cannot be tested without downloads, and `criterion` then says why.
-    seeded: False if no seed plays a part, so that one run is enough. at_least: how many of the five seeds must reproduce it.
-    over_seeds: instead of counting seeds, a verdict and a sentence on all runs together. needs: optional packages, as imported,
-    and "libjpeg".
+    seeded: False if no seed plays a part, so that one run is enough. negative: it says where the method does not help.
+    at_least: how many of the five seeds must reproduce it. over_seeds: instead of counting seeds, a verdict and a sentence on
+    all runs together. needs: optional packages, as imported, and "libjpeg".
     """
 
     name: str
@@ -52,6 +82,7 @@ class Claim:
     criterion: str
     run: Callable[[int, bool], Run] | None
     seeded: bool = True
+    negative: bool = False
     at_least: int = len(SEEDS)
     over_seeds: Callable[[list[Run]], tuple[str, str]] | None = None
     needs: tuple[str, ...] = ()

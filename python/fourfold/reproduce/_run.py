@@ -1,11 +1,13 @@
 """Running claims, and the record of it, which is what files hold."""
 
+import dataclasses
 import datetime
 import importlib.util
 import json
+import os
 import platform
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ import torch
 import fourfold as ff
 from fourfold import _load
 
-from ._registry import VERDICTS, Claim, Run, every_claim
+from ._registry import UNFINISHED, VERDICTS, Claim, Run, every_claim, listening
 
-SCHEMA = 1
-PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow", "tqdm": "tqdm"}  # optional ones, as imported and as pip names them
+SCHEMA = 2
+# Optional ones, as imported and as pip names them.
+PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow", "tqdm": "tqdm", "threadpoolctl": "threadpoolctl"}
 
 Record = dict[str, Any]
 
@@ -31,16 +34,19 @@ def processor() -> str:
     return platform.machine()
 
 
-def new_record(full: bool) -> Record:
-    """A record without claims: when, where and how they run.
+def today() -> str:
+    """The date, in UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).date().isoformat()
 
-    ``claims`` maps a name to claim, source and criterion as they stood, verdict, found (a sentence), seconds, cpu_seconds
-    (of all threads: what it takes whoever else is at work), and ``runs``: per seed what :class:`Run` holds, with its seconds.
+
+def new_record(full: bool) -> Record:
+    """A record without claims: where and how they run.
+
+    ``claims`` maps a name to what :func:`result_of` gives.
     """
     return {
         "fourfold_claims": SCHEMA,
         "mode": "full" if full else "quick",
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": {
             "cpu": processor(),
             "threads": torch.get_num_threads(),
@@ -64,10 +70,11 @@ def read_record(path: Path) -> Record:
     return record
 
 
-def continued(record: Record, path: Path) -> Record:
-    """The record, with the claims of an earlier run in that file: hours of work may be done in parts.
+def continued(record: Record, path: Path, claims: Iterable[Claim] = (), again: bool = False) -> Record:
+    """The record, with the seeds that an earlier run left in that file: hours of work may be done in parts.
 
-    A ValueError if that run was of the other mode or of another machine, whose numbers belong on another page.
+    A ValueError if that run was of the other mode, or of another machine, torch or fourfold, whose numbers belong into another
+    file; or if one of these claims had another criterion then. again: without what it left of these claims.
     """
     if not path.exists():
         return record
@@ -75,14 +82,26 @@ def continued(record: Record, path: Path) -> Record:
     for key in ("mode", "machine"):
         if earlier[key] != record[key]:
             raise ValueError(f"reproduce: {path} holds a run with {key} {earlier[key]}, not {record[key]}; name another file")
+    if gone := set(earlier["claims"]) - set(every_claim()):
+        raise ValueError(f"reproduce: {path} has a claim {min(gone)} that is no more; take it out, or name another file")
+    for claim in claims:
+        if again:
+            earlier["claims"].pop(claim.name, None)
+        elif claim.name in earlier["claims"] and earlier["claims"][claim.name]["criterion"] != claim.criterion:
+            raise ValueError(
+                f"reproduce: the criterion of {claim.name} has changed since {path} was made; --again runs its seeds anew"
+            )
     return record | {"claims": earlier["claims"]}
 
 
-def store(record: Record, path: Path) -> None:
-    """Writes it, claims in the ledger's order."""
-    order = [name for name in every_claim() if name in record["claims"]]
-    record = record | {"claims": {name: record["claims"][name] for name in order}}
-    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+def store(record: Record, path: Path, name: str, result: Record) -> None:
+    """Puts one claim's result beside what the file holds, in the ledger's order; a kill leaves the old file or the new one."""
+    held = continued(record | {"claims": {}}, path)
+    claims = held["claims"] | {name: result}
+    held["claims"] = {name: claims[name] for name in every_claim() if name in claims}
+    whole = path.with_name(path.name + ".new")
+    whole.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(whole, path)
 
 
 def lacking(claim: Claim) -> str:
@@ -93,37 +112,63 @@ def lacking(claim: Claim) -> str:
     return f"run pip install {' '.join(packages)}" if packages else ""
 
 
-def run_claim(claim: Claim, full: bool, step: Callable[[], object] = lambda: None) -> Record:
-    """Runs every seed; step is called after each."""
-    runs: list[Run] = []
-    seconds: list[float] = []
-    busy = time.process_time()
-    for seed in claim.seeds(full):
-        assert claim.run is not None
-        torch.manual_seed(seed)
-        start = time.perf_counter()
-        runs.append(claim.run(seed, full))
-        seconds.append(round(time.perf_counter() - start, 1))
-        step()
-    verdict, found = claim.judge(runs)
+def runs_of(result: Record) -> list[Run]:
+    """The seeds that a result holds."""
+    return [Run(**run) for run in result.get("runs", [])]
+
+
+def result_of(claim: Claim, full: bool, runs: list[Run]) -> Record:
+    """The claim as it stands, verdict, found (a sentence), seconds, cpu_seconds, and ``runs``: a :class:`Run` a seed."""
+    runs = sorted(runs, key=lambda run: run.seed)
+    seeds = claim.seeds(full)
+    if len(runs) == len(seeds):
+        verdict, found = claim.judge(runs)
+    elif runs:
+        verdict, found = UNFINISHED, f"{len(runs)} of {len(seeds)} seeds so far; seed {runs[0].seed}: {runs[0].found}"
+    else:
+        verdict, found = UNFINISHED, "no seed so far"
     return {
         "claim": claim.claim,
         "source": claim.source,
         "criterion": claim.criterion,
         "verdict": verdict,
         "found": found,
-        "seconds": round(sum(seconds), 1),
-        "cpu_seconds": round(time.process_time() - busy, 1),
-        "runs": [
-            {"seed": seed, "verdict": run.verdict, "found": run.found, "seconds": took}
-            | ({"figures": run.figures} if run.figures else {})
-            | ({"series": run.series} if run.series else {})
-            for seed, run, took in zip(claim.seeds(full), runs, seconds, strict=True)
-        ],
+        "seconds": round(sum(run.seconds for run in runs), 1),
+        "cpu_seconds": round(sum(run.cpu_seconds for run in runs), 1),
+        "runs": [{key: value for key, value in dataclasses.asdict(run).items() if value != {}} for run in runs],
     }
 
 
-def tally(verdicts: Iterable[str]) -> dict[str, int]:
-    """How often each verdict was given, most favourable first."""
-    given = list(verdicts)
-    return {one: given.count(one) for one in VERDICTS if one in given}
+def run_claim(
+    claim: Claim,
+    full: bool,
+    earlier: Iterable[Run] = (),
+    only: Collection[int] | None = None,
+    keep: Callable[[Record], object] = lambda result: None,
+    tell: Callable[[float], object] = lambda seeds: None,
+) -> Record:
+    """Runs the seeds that no earlier run has, and gives the claim's result.
+
+    only: no other seeds than these. keep: called with the result so far after each seed that ran. tell: called with how many
+    seeds are done, in fractions too.
+    """
+    runs = {run.seed: run for run in earlier}
+    for done, seed in enumerate(claim.seeds(full)):
+        if seed not in runs and (only is None or seed in only):
+            assert claim.run is not None
+            torch.manual_seed(seed)
+            start, busy = time.perf_counter(), time.process_time()
+            with listening(lambda share, done=done: tell(done + share)):  # type: ignore[misc]
+                run = claim.run(seed, full)
+            run.seed, run.date = seed, today()
+            run.seconds, run.cpu_seconds = round(time.perf_counter() - start, 1), round(time.process_time() - busy, 1)
+            runs[seed] = run
+            keep(result_of(claim, full, list(runs.values())))
+        tell(done + 1)
+    return result_of(claim, full, list(runs.values()))
+
+
+def tally(verdicts: Iterable[str], *more: str) -> dict[str, int]:
+    """How often each verdict was given, most favourable first; more: words that stand in for one."""
+    given = [verdict.removesuffix(" (quick)") for verdict in verdicts]
+    return {one: given.count(one) for one in (*VERDICTS, *more) if one in given}
