@@ -768,12 +768,12 @@ class SparseLinear(nn.Module):
     def sparse_weight(self) -> SparseWeight:
         """The weight as :func:`fourfold.sparse_linear` takes it; its values are the Parameter."""
         kept = None if torch.compiler.is_compiling() else self._kept
-        if kept is not None and kept.values is self.values and kept.mask is self.mask_bits and not self.values.requires_grad:
+        if kept is not None and kept.values is self.values and kept.mask is self.mask_bits:
             return kept
         shape = self.out_features, self.in_features
         weight = SparseWeight(self.values, self.mask_bits, shape, self.format, reason=self.reason)
         # Not of tensors that torch.func puts in the Parameter's place for one call.
-        if isinstance(self.values, nn.Parameter) and not self.values.requires_grad and not torch.compiler.is_compiling():
+        if isinstance(self.values, nn.Parameter) and not torch.compiler.is_compiling():
             self._kept = weight
         return weight
 
