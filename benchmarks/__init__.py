@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from .harness import Case, Settings
 
-__all__ = ["Case", "Settings", "bench_files", "every_case"]
+__all__ = ["Case", "Settings", "bench_files", "every_case", "near"]
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """What was meant, where something is near it."""
+    found = difflib.get_close_matches(name, list(names), cutoff=0.6)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
 
 
 def bench_files(family: str | None = None) -> list[Path]:
     """The bench_<family>.py files, or those of `family`: bench_blockdct_rgb.py is a part of blockdct."""
     files = {path.stem.removeprefix("bench_"): path for path in sorted(Path(__file__).parent.glob("bench_*.py"))}
     if family is not None and family not in files:
-        raise ValueError(f"--family: must be one of {', '.join(files)}, got {family!r}")
+        raise ValueError(f"--family: must be one of {', '.join(files)}, got {family!r}{near(family, files)}")
     return [path for name, path in files.items() if family is None or f"{name}_".startswith(f"{family}_")]
 
 

@@ -15,19 +15,35 @@ from pathlib import Path
 from typing import Any
 
 import fourfold
+from fourfold import _C
 
-from . import bench_files, every_case, report
+from . import bench_files, every_case, near, report
 from .harness import Session, Settings
-from .options import add_options, to_arguments, to_settings
-from .report_html import publish
+from .options import add_options, check_device, check_places, to_arguments, to_settings
+from .report_html import finish, publish
 
 CAPABILITY = "FOURFOLD_CPU_CAPABILITY"
+INTERRUPTED, UNREAD = 130, 141  # as a shell tells of SIGINT and SIGPIPE
 LAPS = 3  # of whole processes, for --compare-capabilities
 
 
 def main(arguments: list[str] | None = None) -> int:
+    try:
+        code = _main(arguments)
+        sys.stdout.flush()  # here, where it can be caught, and not at exit
+        return code
+    except KeyboardInterrupt:  # before the first case, or while the files of an interrupted run were written
+        print("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our lines, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
+
+
+def _main(arguments: list[str] | None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m fourfold.benchmarks", description=__doc__, allow_abbrev=False)
+    usage = "%(prog)s [OPTION...]; --help lists them"
+    parser = argparse.ArgumentParser(prog="python -m fourfold.benchmarks", usage=usage, description=__doc__, allow_abbrev=False)
     add_options(parser.add_argument)
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
     parser.add_argument("--capability", metavar="TIER", help="run in a process lowered to this ISA tier, such as avx2")
@@ -35,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--from", type=Path, metavar="RUN.json", dest="stored", help="measure nothing: report on this run")
     parser.add_argument("--render", action="store_true", help="rewrite README's table and docs/benchmarks.md of this checkout")
     chosen = parser.parse_args(arguments)
+    if chosen.json is None and chosen.report is None and not (chosen.stored or chosen.compare_capabilities):
+        chosen.json, chosen.report = Path("fourfold-benchmarks.json"), Path("fourfold-benchmarks.html")
     try:
         settings = to_settings(chosen)
         if chosen.render:
@@ -42,35 +60,77 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         if chosen.compare:
             report.load(chosen.compare)  # what is wrong with it shall be said now, not after the run
+        if not chosen.list:
+            check_places(chosen)
         if chosen.stored:
+            if chosen.json:
+                raise ValueError("--from measures nothing that --json could store; leave one of them out")
             return tell(report.load(chosen.stored), chosen.report, chosen.compare)
+        tiers = chosen.compare_capabilities.split(",") if chosen.compare_capabilities else []
+        check_tiers("--capability", [chosen.capability] if chosen.capability else [])
+        check_tiers("--compare-capabilities", tiers)
+        if len(tiers) == 1 or len(tiers) != len(set(tiers)):
+            raise ValueError(f"--compare-capabilities: must be two or more different tiers, got {chosen.compare_capabilities}")
         chosen_cases = every_case(settings)
-    except (ValueError, FileNotFoundError) as error:
+        if not chosen_cases:
+            raise ValueError(why_none(settings))
+        if not chosen.list:
+            check_device(settings)
+    except (ValueError, OSError) as error:
         parser.error(str(error))
-    if not chosen_cases:
-        parser.error("no case fits these options; see --list")
     if chosen.list:
         print("\n".join(case.name for case in chosen_cases))
         return 0
-    if chosen.compare_capabilities:
-        return compare_capabilities(chosen.compare_capabilities.split(","), chosen, settings)
+    if tiers:
+        return compare_capabilities(tiers, chosen, settings)
     if chosen.capability and os.environ.get(CAPABILITY) != chosen.capability:
         # The tier is chosen when the library is loaded: only a new process can have another.
         os.execve(sys.executable, [sys.executable, "-m", __package__, *arguments], os.environ | {CAPABILITY: chosen.capability})
     if chosen.capability and fourfold.cpu_capability() != chosen.capability:
         parser.error(f"--capability {chosen.capability}: this machine gives {fourfold.cpu_capability()}")
-    if chosen.json is None and chosen.report is None:
-        chosen.json, chosen.report = Path("fourfold-benchmarks.json"), Path("fourfold-benchmarks.html")
-    code = run(settings, chosen.json, chosen.report, chosen.compare)
-    print("\n".join(f"wrote {path}" for path in (chosen.json, chosen.report) if path and path.exists()))
-    return code
+    files = {path: _stamp(path) for path in (chosen.json, chosen.report) if path}
+    try:
+        return run(settings, chosen.json, chosen.report, chosen.compare)
+    finally:
+        for path, before in files.items():
+            if _stamp(path) != before:
+                print(f"wrote {path}")
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Another one once the file is written anew; None: there is none."""
+    if not path.exists():
+        return None
+    facts = path.stat()
+    return facts.st_ino, facts.st_mtime_ns
+
+
+def check_tiers(option: str, words: list[str]) -> None:
+    """ValueError where a word is no tier that this build and this machine have."""
+    built, best = fourfold.build_info()["isa_tiers"], _C.machine_capability()
+    tiers = built[: built.index(best) + 1]
+    for word in words:
+        if word not in tiers:
+            raise ValueError(f"{option}: this build and this machine have {', '.join(tiers)}; got {word!r}{near(word, tiers)}")
+
+
+def why_none(settings: Settings) -> str:
+    """Why no case fits, and what would."""
+    everything = list(dict.fromkeys(case.op for case in every_case(Settings(device=settings.device))))
+    if settings.op is not None and settings.op not in everything:
+        meant = near(settings.op, everything) or f"; ops with cases: {', '.join(everything)}"
+        return f"--op: {settings.op} has no cases{meant}"
+    given = {"--family": settings.family, "--op": settings.op, "--match": settings.match}
+    words = [f"{name} {value}" for name, value in given.items() if value is not None] + ["--quick"] * settings.quick
+    return f"no case fits {' and '.join(words)}; --list with fewer of them shows what there is"
 
 
 def tell(document: report.Document, html_path: Path | None, old: Path | None) -> int:
     """A stored run: its page, what changed since an older one, or without either what the terminal showed."""
     if html_path is None and old is None:
         print("\n".join([*report.headlines(document), *map(report.line, document["results"])]))
-    publish(document, html_path, old)
+    if html_path or old:
+        publish(document, html_path, old)
     if html_path:
         print(f"wrote {html_path}")
     return 0
@@ -84,16 +144,34 @@ def run(settings: Settings, json_path: Path | None, html_path: Path | None, old:
     runs = [(case, threads) for case in every_case(settings) for threads in settings.threads_of(case)]
     session = Session(settings, fourfold, len(runs))
     progress = report.Progress(session)
-    for case, threads in runs:
-        progress.run(case, threads)
-        report.save(session, json_path)
+    try:
+        for case, threads in runs:
+            progress.run(case, threads)
+            report.save(session, json_path)
+    except KeyboardInterrupt:
+        progress.close()
+        finish(session, json_path, html_path, old)
+        return INTERRUPTED
     progress.close()
-    publish(report.whole(session), html_path, old)
+    finish(session, json_path, html_path, old)
     return int(any(result["wrong"] for result in session.results))
 
 
-class _NoDots:
-    """The progress bar says it all."""
+class _Quiet:
+    """The progress bar says it all, and a line at the end whether it was stopped."""
+
+    def __init__(self) -> None:
+        self.collected = self.interrupted = False
+
+    def pytest_configure(self, config: Any) -> None:
+        self.config = config
+
+    def pytest_collection_finish(self) -> None:
+        self.collected = True
+
+    def pytest_keyboard_interrupt(self, excinfo: Any) -> None:
+        self.interrupted = True
+        self.config.pluginmanager.unregister(name="terminalreporter")  # which would show where it was stopped
 
     def pytest_report_teststatus(self, report: Any) -> tuple[str, str, str] | None:
         return ("passed", "", "") if report.passed and report.when == "call" else None
@@ -111,7 +189,13 @@ def _run_pytest(settings: Settings, json_path: Path | None, html_path: Path | No
     files = [str(path) for path in bench_files(settings.family)]
     files_of_ours = {"--json": json_path, "--report": html_path, "--compare": old}
     ours = [f"{name}={path}" for name, path in files_of_ours.items() if path]
-    return int(pytest.main([*house, *to_arguments(settings), *ours, *files], plugins=[_NoDots()]))
+    quiet = _Quiet()
+    with tempfile.TemporaryDirectory() as storage:  # else pytest-benchmark makes .benchmarks here
+        house.append(f"--benchmark-storage=file://{storage}")
+        code = pytest.main([*house, *to_arguments(settings), *ours, *files], plugins=[quiet])
+    if quiet.interrupted and not quiet.collected:
+        raise KeyboardInterrupt
+    return INTERRUPTED if quiet.interrupted else int(code)
 
 
 def compare_capabilities(tiers: list[str], chosen: argparse.Namespace, settings: Settings) -> int:
@@ -128,7 +212,7 @@ def compare_capabilities(tiers: list[str], chosen: argparse.Namespace, settings:
                 if done.returncode:
                     print(done.stdout)
                     return done.returncode
-                for result in report.load(path)["results"]:
+                for result in (result for result in report.load(path)["results"] if "ms" in result):
                     of = times.setdefault(report.run_name(result), {})
                     of.setdefault(tier, []).append(result["ms"][result["ours"]]["median"])
     ratios = {

@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from .report import Document, Result, _milliseconds, _spread, command, run_name
+from .report import Document, Result, _milliseconds, _spread, command, run_name, unfinished
 
 Spread = dict[str, float]
 
 FASTER, SLOWER, SAME, NEW, GONE = "faster", "slower", "within the spread", "new", "gone"
-UNTIMED = "not timed in both"
-CHANGES = (FASTER, SLOWER, SAME, UNTIMED, NEW, GONE)
+UNTIMED, APART = "not timed in both", "not compared (times of different machines)"
+CHANGES = (FASTER, SLOWER, SAME, UNTIMED, APART, NEW, GONE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,10 @@ def compare(old: Document, new: Document, old_name: str) -> Comparison:
     heading = [f"Compared with {old_name}, of {old['date']}, fourfold {old['fourfold']}: ratios and times before → after"]
     if apart:
         heading.append(f"another machine ({apart}): times are not compared, only ratios taken within each run")
-    if _chosen(old) == _chosen(new):
+    heading += [f"{name} was {unfinished(run)}" for name, run in ((old_name, old), ("this run", new)) if unfinished(run)]
+    if _chosen(old) == _chosen(new) and unfinished(new):
+        heading += [f"{len(gone)} cases of {old_name} have no result in this run"] if gone else []
+    elif _chosen(old) == _chosen(new):
         rows += [Row(name, GONE) for name in gone]
     elif gone:
         heading.append(f"{len(gone)} cases of {old_name} were not asked for by {command(new)}")
@@ -104,8 +107,8 @@ def _change(old: Result, new: Result, times: bool) -> str:
         if shared:
             return _moved(old[key][shared[0]], new[key][shared[0]], sign)
     if "overhead_us" in old and "overhead_us" in new:
-        return _moved(old["overhead_us"], new["overhead_us"], -1) if times else UNTIMED
-    return _moved(old["ms"][old["ours"]], new["ms"][new["ours"]], -1) if times else UNTIMED
+        return _moved(old["overhead_us"], new["overhead_us"], -1) if times else APART
+    return _moved(old["ms"][old["ours"]], new["ms"][new["ours"]], -1) if times else APART
 
 
 def _shared(old: Result, new: Result, key: str) -> list[str]:

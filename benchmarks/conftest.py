@@ -13,8 +13,8 @@ import pytest
 
 from . import report
 from .harness import Case, Session, Settings, fresh_first
-from .options import add_options, to_settings
-from .report_html import publish
+from .options import add_options, check_device, check_places, to_settings
+from .report_html import finish
 
 SESSION = pytest.StashKey[Session]()
 SETTINGS = pytest.StashKey[Settings]()
@@ -26,6 +26,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[SETTINGS] = to_settings(config.option)
+    try:
+        check_device(config.stash[SETTINGS])
+        check_places(config.option)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -76,12 +81,12 @@ def race(pytestconfig: pytest.Config, progress: report.Progress, benchmark) -> C
     return run
 
 
+@pytest.hookimpl(trylast=True)  # after the bar is closed
 def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
-    if SESSION in config.stash and config.stash[SESSION].results:
-        report.save(config.stash[SESSION], config.option.json)
+    if SESSION in config.stash and not config.option.collectonly:
         with _uncaptured(config):
-            publish(report.whole(config.stash[SESSION]), config.option.report, config.option.compare)
+            finish(config.stash[SESSION], config.option.json, config.option.report, config.option.compare)
 
 
 def _uncaptured(config: pytest.Config) -> AbstractContextManager:

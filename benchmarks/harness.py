@@ -508,6 +508,7 @@ class Session:
         self.started = time.perf_counter()
         self.runs = self.runs_left = runs
         self.results: list[dict[str, Any]] = []
+        self.raised = 0  # cases that failed with an error, and so have no result
         self.peaks: dict[str, float] = {}
         self.clock = _time_cuda if self.device.type == "cuda" else _time_cpu
         self._problem: tuple[Case, Any, dict[Any, Any]] | None = None
@@ -527,7 +528,9 @@ class Session:
         }
 
     def document(self) -> dict[str, Any]:
-        facts = self.facts | {"gemm_peak_flops": self.peaks, "warnings": self.warnings}
+        facts = self.facts | {"asked": self.runs, "gemm_peak_flops": self.peaks, "warnings": self.warnings}
+        if self.raised:
+            facts["raised"] = self.raised
         return {"fourfold_benchmarks": SCHEMA} | facts | {"results": self.results}
 
     def _seconds_for_one(self) -> float:
@@ -592,6 +595,15 @@ class Session:
 
         Who can't take part stands under "absent"; where that is ours, there is no race.
         """
+        try:
+            result = self._run(case, threads, drive)
+        except Exception:
+            self.raised += 1
+            raise
+        self.results.append(result)
+        return result
+
+    def _run(self, case: Case, threads: int, drive: Drive) -> dict[str, Any]:
         began = time.perf_counter()
         seconds = self._seconds_for_one()
         self.runs_left -= 1
@@ -648,7 +660,6 @@ class Session:
             if case.state != "fresh" and pages > 0.1 * case.bytes / os.sysconf("SC_PAGE_SIZE") + 10:
                 warnings.append(f"{pages:.0f} page faults a round, where the heap should have kept its pages")
             result |= self._summary(case, race, threads) | {"page_faults_per_round": pages, "warnings": warnings}
-        self.results.append(result)
         return result
 
     def _summary(self, case: Case, race: Race, threads: int) -> dict[str, Any]:

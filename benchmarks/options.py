@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import shlex
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .harness import Settings
 
@@ -23,13 +27,24 @@ def thread_counts(text: str) -> tuple[int, ...]:
     return counts
 
 
+def some_seconds(text: str) -> float:
+    """Turns the text 60 into 60.0."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds above 0, such as 60, got {text!r}")
+    return seconds
+
+
 def add_options(add: Callable[..., Any]) -> None:
     """Every option that chooses what runs; `add` is argparse's add_argument or pytest's addoption."""
     add("--family", help="one family of ops, such as blockdct")
     add("--op", help="one op, such as block_dct")
     add("--match", help="only cases whose group or label holds this text")
     add("--quick", action="store_true", help="the cases that matter most, within two minutes on 2 cores")
-    add("--seconds", type=float, help="time for the whole run; it is shared out over the cases")
+    add("--seconds", type=some_seconds, help="time for the whole run; it is shared out over the cases")
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--threads", type=thread_counts, help="thread counts, such as 1,2 (default: 1, and 2 where there are 2 cores)")
     add("--random-shapes", action="store_true", help="image sizes drawn now instead of the fixed shapes")
@@ -79,3 +94,41 @@ def to_settings(chosen: Any) -> Settings:
         only_ours=chosen.only_ours,
         seconds=QUICK_SECONDS if chosen.quick and chosen.seconds is None else chosen.seconds,
     )
+
+
+def check_places(chosen: Any) -> None:
+    """ValueError where what is asked for can't be written: said now, not after the run."""
+    files = {"--json": chosen.json, "--report": chosen.report}
+    for option, path in files.items():
+        if path is not None:
+            _check_place(option, path)
+    read = {"--compare": chosen.compare, "--from": getattr(chosen, "stored", None)}  # pytest has no --from
+    names: dict[Path, str] = {}
+    for option, path in (read | files).items():
+        if path is None:
+            continue
+        other = names.setdefault(path.resolve(), option)
+        if other != option and option in files:
+            raise ValueError(f"{option} {path}: is {other}'s file, which it would overwrite; name another one")
+
+
+def _check_place(option: str, path: Path) -> None:
+    folder = path.parent
+    if not folder.is_dir():
+        raise ValueError(f"{option} {path}: there is no folder {folder}; make it (mkdir -p {shlex.quote(str(folder))})")
+    if path.is_dir():
+        raise ValueError(f"{option} {path}: is a folder; name a file in it")
+    try:
+        with tempfile.TemporaryFile(dir=folder):  # what may be written is known to who tries
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{option} {path}: the folder {folder.resolve()} can't be written to ({error.strerror}); name a file in another one"
+        ) from error
+
+
+def check_device(settings: Settings) -> None:
+    """ValueError where there is no such device."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        why = "finds no GPU" if torch.backends.cuda.is_built() else "is built without CUDA"
+        raise ValueError(f"--device cuda: torch {torch.__version__} {why}; see python -m fourfold, or take --device cpu")

@@ -11,6 +11,7 @@ from typing import Any
 
 from .harness import Case, Drive, Session, play
 from .options import command_of
+from .stored import load
 
 try:
     from tqdm import tqdm
@@ -134,8 +135,19 @@ def headlines(document: Document) -> list[str]:
     versions = f"torch {document['torch']}, fourfold {document['fourfold']}" + f" at {commit}" * bool(commit)
     return [
         f"{device}; ISA tier {document['capability']}; {versions}; {document['date']}{kind}",
+        *filter(None, [unfinished(document)]),
         *(f"warning: {warning}" for warning in document["warnings"]),
     ]
+
+
+def unfinished(document: Document) -> str:
+    """How much of what was asked for there is; empty where it is all there. Runs stored before don't know the keys."""
+    ran, raised = len(document["results"]), document.get("raised", 0)
+    asked = document.get("asked", 0)
+    words = [f"{raised} of {asked} cases failed with an error and are left out"] * bool(raised)
+    if ran + raised < asked:
+        words.insert(0, f"interrupted: {ran} of {asked} cases")
+    return "; ".join(words)
 
 
 def command(document: Document) -> str:
@@ -157,7 +169,7 @@ class Progress:
         self.absences: set[str] = set()  # told once
         on_screen = tqdm is not None and sys.stderr.isatty()  # in a log file the counted lines are the progress
         self.bar = tqdm(total=session.runs, unit="case", dynamic_ncols=True) if on_screen else None
-        for text in headlines(session.document()):
+        for text in headlines(session.document() | {"asked": 0}):  # nothing is missing yet
             self.say(text)
 
     def say(self, text: str) -> None:
@@ -218,13 +230,6 @@ def replace(path: Path, text: str) -> None:
     draft = path.with_name(path.name + ".part")
     draft.write_text(text, encoding="utf-8")
     draft.replace(path)
-
-
-def load(path: Path) -> Document:
-    document = json.loads(path.read_text(encoding="utf-8"))
-    if document.get("fourfold_benchmarks") != 1:
-        raise ValueError(f"{path.name}: must be a results file of fourfold.benchmarks, schema 1")
-    return document
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------------
@@ -380,32 +385,37 @@ def readme_table(documents: dict[str, Document]) -> str:
     """README's table, a row for each op of each run, so that no case is picked: the mean, the weakest and the strongest."""
     runs = {name: _link(name) for name in documents}
     header = ["op", "cases", "× best rival, 1 thread", "2 threads", "cost over plain", "weakest case", "run"]
-    rows, overheads, machines = [], [], {}
+    rows, overheads, machines, noise = [], [], {}, []
     for name, document in documents.items():
+        results = document["results"]
         machines.setdefault(headlines(document)[0], []).append(runs[name])
-        headline = [result for result in document["results"] if result["headline"]]
-        overheads += [(result["overhead_us"]["median"], result) for result in headline if "overhead_us" in result]
-        cases = [result for result in headline if "overhead_us" not in result]
-        rows += [[*_digest(results), runs[name]] for results in _by(cases, "op").values()]
+        overheads += [(result["overhead_us"]["median"], result) for result in results if "overhead_us" in result]
+        cases = [result for result in results if "overhead_us" not in result]
+        rows += [[*_digest(of_op), runs[name]] for of_op in _by(cases, "op").values()]
+        loud = sum(bool(result["warnings"]) for result in cases)
+        noise += [f"{loud} of {len(cases)} in {name.removesuffix('.json')}"] * bool(loud)
     counted = [result for document in documents.values() for result in document["results"] if result.get("ratio")]
-    lost = {id(result) for document in documents.values() for result, _ in losses(document["results"])}
+    clearly = {id(result) for document in documents.values() for result, _ in losses(document["results"])}
+    median = [result for result in counted if any(ratio["median"] < 1 for ratio in result["ratio"].values())]
     parts = ["; ".join(f"{', '.join(links)}: {machine}" for machine, links in machines.items()) + "."]
     parts.append(
-        "Geometric means over an op's cases, extremes in brackets; of each case the ratio to the strongest rival counts, and "
-        "above 1 we are faster. Cost over plain: our time over that of the operation without what we add, such as a "
-        "convolution without coordinates, at one thread."
+        "Geometric means over all cases of an op, in whatever allocation state, extremes in brackets; of each case the ratio "
+        "to the strongest rival counts, and above 1 we are faster. Cost over plain: our time over that of the operation "
+        "without what we add, such as a convolution without coordinates, at one thread."
     )
     parts.append(_markdown_table(header, rows))
     if overheads:
         (least, first), (most, last) = (choose(overheads, key=lambda pair: pair[0]) for choose in (min, max))
         parts.append(
-            f"A call costs {least:.1f} µs (`{first['op']}` {first['label']}) to {most:.1f} µs (`{last['op']}` {last['label']}) "
-            "more than the plain one."
+            f"A call of these ops costs {least:.1f} µs (`{first['op']}` {first['label']}) to {most:.1f} µs (`{last['op']}` "
+            f"{last['label']}) more than the plain one."
         )
     parts.append(
-        f"In {len(lost)} of {len(counted)} stored rows some rival is faster; [docs/benchmarks.md](docs/benchmarks.md) lists "
-        "those first, then every case with quartiles, all rivals, memory, and where its shape comes from."
+        f"Of {len(counted)} stored rows with rivals, one of them is faster by the median in {len(median)}, and beyond the "
+        f"quartiles in {len(clearly)}; [docs/benchmarks.md](docs/benchmarks.md) lists those first, then every case with "
+        "quartiles, all rivals, memory, and where its shape comes from."
     )
+    parts += [f"The machine was not quiet during some rows: {', '.join(noise)}."] * bool(noise)
     return "\n\n".join(parts)
 
 
@@ -439,7 +449,7 @@ def _digest(results: list[Result]) -> list[str]:
     if weakest is None:
         return [*cells, "–"]
     group = f"{_group(weakest)}: " if _group(weakest) else ""
-    return [*cells, f"{group}{weakest['label']}, beside {weakest['best_rival']}"]
+    return [*cells, f"{group}{weakest['label']} [{weakest['state']}], beside {weakest['best_rival']}"]
 
 
 def into_readme(readme: str, documents: dict[str, Document]) -> str:

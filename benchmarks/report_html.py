@@ -5,10 +5,12 @@ from __future__ import annotations
 import html
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .comparison import Comparison, compare
+from .harness import Session
 from .report import (
     Document,
     Result,
@@ -29,6 +31,9 @@ from .report import (
     losses,
     replace,
     run_name,
+    save,
+    unfinished,
+    whole,
 )
 
 STYLE = """
@@ -81,13 +86,24 @@ for (const table of document.querySelectorAll("table.sortable")) {
 Cell = tuple[str, float | None]  # its text, and what it is sorted by where that is a number
 
 
+def finish(session: Session, json_path: Path | None, html_path: Path | None, old: Path | None) -> None:
+    """At the end of a run, or where it was stopped: its files, and what there is to say of it. Without a result no file."""
+    if session.results:
+        save(session, json_path)
+        publish(whole(session), html_path, old)
+    elif unfinished(session.document()):
+        print(unfinished(session.document()))
+
+
 def publish(document: Document, html_path: Path | None, old: Path | None) -> None:
-    """Writes the page, and says what has changed since the run stored in `old`."""
+    """Writes the page, says what has changed since the run stored in `old`, and whether there is more to run."""
     comparison = compare(load(old), document, old.name) if old else None
     if html_path:
         replace(html_path, render_html(document, comparison))
     if comparison:
         print(comparison)
+    if unfinished(document):
+        print(unfinished(document))
 
 
 def render_html(document: Document, comparison: Comparison | None = None) -> str:
@@ -96,7 +112,7 @@ def render_html(document: Document, comparison: Comparison | None = None) -> str
     first, *warnings = headlines(document)
     body = ["<h1>fourfold benchmarks</h1>", f"<p>{escape(first)}</p>"]
     body += [f'<p class="warning">{escape(text)}</p>' for text in warnings]
-    body += [_facts(document), f"<p>{escape(_legend(document)).replace('`', '')}</p>"]
+    body += [_facts(document), f"<p>{_inline(_legend(document))}</p>"]
     body += _changes(comparison) if comparison else []
     body += _lost(document["results"])
     body += ["<h2>Every case</h2>", _every_case(document["results"])]
@@ -115,6 +131,12 @@ def render_html(document: Document, comparison: Comparison | None = None) -> str
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>fourfold benchmarks</title>'
         f"<style>{STYLE}</style></head><body>{''.join(body)}<script>{SCRIPT}</script></body></html>\n"
     )
+
+
+def _inline(markdown: str) -> str:
+    """The two marks of the legend, which docs/benchmarks.md shares."""
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(markdown))
+    return re.sub(r"\*(\w+)\*", r"<em>\1</em>", text)
 
 
 def _table(columns: Iterable[str], rows: Iterable[Sequence[Cell]], wrong: Iterable[bool] = ()) -> str:

@@ -65,7 +65,7 @@ def show(recipe: str, what: str, before: str, after: str) -> None:
 
 def show_times(recipe: str, what: str, times: tuple[float, float], more: str = "") -> None:
     """A row with two times."""
-    show(recipe, what, f"{times[0]:.3g} ms", f"{times[1]:.3g} ms: {times[1] / times[0]:.2f}×{more}")
+    show(recipe, what, f"{times[0]:.3g} ms", f"{times[1]:.3g} ms: {times[0] / times[1]:.2f}× as fast{more}")
 
 
 def coord_conv(size: int, rounds: int) -> None:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import fourfold
 import pytest
@@ -504,6 +505,22 @@ def test_the_json_holds_what_a_reader_needs(session, tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "run.json"]
 
 
+def test_the_json_says_how_much_was_asked_for_and_what_failed(tmp_path):
+    threads = torch.get_num_threads()
+    session = Session(Settings(quick=True, seconds=0.2), fourfold, runs=3)
+    session.run(toy(), threads=1)
+    report.save(session, tmp_path / "run.json")
+    document = report.load(tmp_path / "run.json")
+    assert document["asked"] == 3 and "raised" not in document and report.unfinished(document) == "interrupted: 1 of 3 cases"
+    with pytest.raises(ZeroDivisionError):
+        session.run(toy(problem=lambda device: 1 / 0), threads=1)
+    document = session.document()
+    assert report.unfinished(document) == "interrupted: 1 of 3 cases; 1 of 3 cases failed with an error and are left out"
+    session.run(toy(), threads=1)
+    assert report.unfinished(session.document()) == "1 of 3 cases failed with an error and are left out"
+    torch.set_num_threads(threads)
+
+
 def test_only_a_results_file_is_loaded(tmp_path):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match=r"other\.json: must be a results file"):
@@ -520,11 +537,11 @@ def test_the_html_report_is_one_file_with_charts(session):
 
 def test_readme_is_changed_between_the_markers_only(session):
     session.run(toy(headline=True), threads=1)
-    session.run(toy(headline=False, op="hidden"), threads=1)
+    session.run(toy(headline=False, op="other"), threads=1)
     documents = {"cpu.json": session.document()}
     filled = report.into_readme(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", documents)
     assert filled == f"before\n{report.BEGIN}\n{report.readme_table(documents)}\n{report.END}\nafter\n"
-    assert "`double`" in filled and "hidden" not in filled
+    assert "`double`" in filled and "`other`" in filled
     assert "[cpu](benchmarks/results/cpu.json): " in filled
     assert report.into_readme(filled, documents) == filled
     with pytest.raises(ValueError, match="once each"):
@@ -621,7 +638,17 @@ def test_list(capsys):
                 "maskmm, maskmm_sparse, maskmm_superposed, nn, got 'nope'"
             ),
         ),
-        (["--op", "nope"], "no case fits"),
+        (["--family", "blockdtc"], "got 'blockdtc'; did you mean blockdct or "),
+        (["--op", "nope"], "--op: nope has no cases; ops with cases: block_dct, block_idct, "),
+        (["--op", "zigzag"], "--op: zigzag has no cases; ops with cases: block_dct, block_idct, "),
+        (["--op", "dct_flop"], "--op: dct_flop has no cases; did you mean dct_flip or dct_crop?"),
+        (["--op", "block_dct", "--family", "cca"], "no case fits --family cca and --op block_dct; --list with fewer"),
+        (["--match", "nope", "--quick"], "no case fits --match nope and --quick; --list with fewer"),
+        *((["--seconds", text], f"seconds above 0, such as 60, got '{text}'") for text in ("-3", "0", "nan", "inf", "soon")),
+        (["--capability", "avx9"], "--capability: this build and this machine have baseline"),
+        (["--compare-capabilities", "baseline,avx9"], "--compare-capabilities: this build and this machine have baseline"),
+        (["--compare-capabilities", "baseline"], "must be two or more different tiers, got baseline"),
+        (["--compare-capabilities", "baseline,baseline"], "must be two or more different tiers, got baseline,baseline"),
         (["--threads", "0"], "must be thread counts like 1 or 1,2, got '0'"),
         (["--threads", "1,two"], "must be thread counts like 1 or 1,2, got '1,two'"),
     ],
@@ -630,6 +657,134 @@ def test_wrong_options(capsys, arguments, complaint):
     with pytest.raises(SystemExit) as stopped:
         program.main([*arguments, "--list"])
     assert stopped.value.code == 2 and complaint in capsys.readouterr().err
+
+
+def test_the_tiers_are_those_of_build_and_machine(monkeypatch):
+    monkeypatch.setattr(fourfold, "build_info", lambda: {"isa_tiers": ["baseline", "avx2", "avx512"]})
+    monkeypatch.setattr(program, "_C", SimpleNamespace(machine_capability=lambda: "avx2"))
+    program.check_tiers("--capability", ["avx2", "baseline"])
+    with pytest.raises(ValueError, match=r"^--capability: this build and this machine have baseline, avx2; got 'avx512'; did"):
+        program.check_tiers("--capability", ["avx512"])
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """Whatever would take time fails the test."""
+    for name in ("run", "compare_capabilities", "publish"):
+        monkeypatch.setattr(program, name, lambda *given, name=name: pytest.fail(f"{name} was called"))
+
+
+@pytest.mark.parametrize("option", ["--json", "--report"])
+def test_what_cannot_be_written_is_said_before_any_work(tmp_path, capsys, idle, option):
+    (tmp_path / "old.json").write_text(json.dumps({}))
+    missing = tmp_path / "a folder"
+    places = {
+        missing / "run": f"there is no folder {missing}; make it (mkdir -p '{missing}')",
+        tmp_path: "is a folder; name a file in it",
+        Path("/proc/run"): "the folder /proc can't be written to (",
+    }
+    for path, complaint in places.items():
+        with pytest.raises(SystemExit) as stopped:
+            program.main([f"{option}={path}", "--op=dct_normalize"])
+        told = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 2 and len(told) == 2 and f"error: {option} {path}: {complaint}" in told[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["old.json"]
+
+
+@pytest.mark.parametrize("others", [("--json", "--report"), ("--compare", "--json"), ("--from", "--report")])
+def test_no_file_is_written_over_another(tmp_path, capsys, idle, others):
+    stored = max((ROOT / "benchmarks" / "results").glob("*.json"))
+    path = tmp_path / "run.json"
+    path.write_bytes(stored.read_bytes())
+    with pytest.raises(SystemExit) as stopped:
+        program.main([f"{option}={path}" for option in others])
+    assert stopped.value.code == 2 and f"{others[1]} {path}: is {others[0]}'s file" in capsys.readouterr().err
+    assert path.read_bytes() == stored.read_bytes()
+
+
+def test_a_gpu_that_is_not_there_is_said_before_any_work(tmp_path, monkeypatch, capsys, idle):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        program.main(["--device=cuda", "--op=dct_normalize"])
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and f"error: --device cuda: torch {torch.__version__} " in err and out == ""
+    assert program.main(["--device=cuda", "--op=dct_normalize", "--list"]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pytest_refuses_in_a_line_too(tmp_path):
+    options = "-c /dev/null -p fourfold.benchmarks.conftest -p no:cacheprovider --json=nowhere/run.json"
+    command = [sys.executable, "-m", "pytest", *options.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=ALONE, capture_output=True, text=True)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR and "Traceback" not in done.stderr
+    assert "ERROR: --json nowhere/run.json: there is no folder nowhere; make it" in done.stderr
+
+
+def test_only_what_this_run_wrote_is_said_to_be_written(tmp_path, monkeypatch, capsys):
+    written, left = tmp_path / "run.json", tmp_path / "run.html"
+    for path in (written, left):
+        path.write_text("an older one")
+
+    def run(settings, json_path, html_path, old):
+        report.replace(json_path, "an older one")  # the same again
+        return 3
+
+    monkeypatch.setattr(program, "run", run)
+    assert program.main([f"--json={written}", f"--report={left}", "--op=dct_normalize"]) == 3
+    assert capsys.readouterr().out == f"wrote {written}\n"
+
+
+def test_a_run_is_stopped_in_a_line(tmp_path, monkeypatch, capsys):
+    def stop(device):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program, "every_case", lambda settings: [toy(), toy(label="stopped", problem=stop), toy(label="never")])
+    monkeypatch.setattr(program, "find_spec", lambda name: None)
+    written = [tmp_path / "run.json", tmp_path / "run.html"]
+    arguments = ["--seconds=0.1", "--threads=1", f"--json={written[0]}", f"--report={written[1]}"]
+    assert program.main(arguments) == 130
+    out = capsys.readouterr().out
+    assert out.splitlines()[-3:] == ["interrupted: 1 of 3 cases", *(f"wrote {path}" for path in written)]
+    assert out.count("interrupted") == 1
+    document = report.load(written[0])
+    assert document["asked"] == 3 and len(document["results"]) == 1
+    assert '<p class="warning">interrupted: 1 of 3 cases</p>' in written[1].read_text(encoding="utf-8")
+    monkeypatch.setattr(program, "every_case", lambda settings: stop(None))
+    assert program.main(arguments) == 130 and capsys.readouterr().out == "interrupted\n"
+
+
+STOPPED = """
+import signal, sys
+from fourfold.benchmarks import __main__ as program, harness
+signal.signal(signal.SIGINT, signal.default_int_handler)
+run = harness.Session._run
+def run_once(session, *given):
+    if session.results:
+        signal.raise_signal(signal.SIGINT)
+    return run(session, *given)
+harness.Session._run = run_once
+sys.exit(program.main(["--op=dct_normalize", "--quick", "--only-ours", "--seconds=0.5", "--threads=1"]))
+"""
+
+
+def test_a_run_under_pytest_is_stopped_in_a_line(tmp_path):
+    done = subprocess.run([sys.executable, "-c", STOPPED], cwd=tmp_path, env=ALONE, capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr == "", done.stdout + done.stderr
+    document = report.load(tmp_path / "fourfold-benchmarks.json")
+    assert document["asked"] > 1 == len(document["results"])
+    *_, line, first, second = done.stdout.splitlines()
+    assert line == f"interrupted: 1 of {document['asked']} cases" and "KeyboardInterrupt" not in done.stdout
+    assert [first, second] == ["wrote fourfold-benchmarks.json", "wrote fourfold-benchmarks.html"]
+    assert {path.name for path in tmp_path.iterdir()} == {"fourfold-benchmarks.json", "fourfold-benchmarks.html"}
+
+
+def test_a_reader_may_go_away():
+    command = [sys.executable, "-m", "fourfold.benchmarks", "--list", "--op=dct_normalize"]
+    buffered = {name: value for name, value in ALONE.items() if name != "PYTHONUNBUFFERED"}  # to meet it as late as possible
+    with subprocess.Popen(command, env=buffered, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as listing:
+        listing.stdout.close()
+        assert listing.stderr.read() == "" and listing.wait() == 141
 
 
 def test_settings_survive_the_way_through_pytest():
@@ -699,6 +854,8 @@ def test_the_whole_program_on_one_case(tmp_path):
     document = report.load(tmp_path / "fourfold-benchmarks.json")
     assert [result["op"] for result in document["results"]] == ["dct_normalize"]
     assert (tmp_path / "fourfold-benchmarks.html").read_text().startswith("<!doctype html>")
+    assert {path.name for path in tmp_path.iterdir()} == {"fourfold-benchmarks.json", "fourfold-benchmarks.html"}
+    assert document["asked"] == 1 and "interrupted" not in done.stdout
 
 
 # --- layers with coordinates ---------------------------------------------------------------------------------------------

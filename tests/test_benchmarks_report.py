@@ -3,8 +3,10 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 from fourfold.benchmarks import __main__ as program
 from fourfold.benchmarks import comparison, harness, report, report_html
+from fourfold.benchmarks import stored as stored_run
 from fourfold.benchmarks.options import command_of
 
 pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark; run: pip install pytest-benchmark")
@@ -107,13 +110,17 @@ def test_readme_has_a_row_for_each_op():
         result("weak", sound=0.5, rival=2.0),
         result("strong", sound=8.0),
         result("strong", sound=3.0) | {"threads": 2},
-        result("hidden", sound=100.0) | {"headline": False},
+        result("no headline", sound=2.0) | {"headline": False},
         result("wrong") | {"wrong": {"fourfold": "off"}},
     ]
     [row] = [line for line in report.readme_table({"cpu.json": document(*results)}).splitlines() if "`double`" in line]
     link = "[cpu](benchmarks/results/cpu.json)"
-    assert row == f"| `double` | 2 of 3 | 2.00× (0.50–8.00) | 3.00× | – | weak, beside sound | {link} |"
-    assert "In 1 of 4 stored rows some rival is faster" in report.readme_table({"cpu.json": document(*results)})
+    assert row == f"| `double` | 3 of 4 | 2.00× (0.50–8.00) | 3.00× | – | weak [heap], beside sound | {link} |"
+    text = report.readme_table({"cpu.json": document(*results)})
+    assert "Of 4 stored rows with rivals, one of them is faster by the median in 1, and beyond the quartiles in 1;" in text
+    assert "The machine was not quiet" not in text
+    loud = document(*results, result("loud", sound=1.0) | {"warnings": ["others worked"]})
+    assert "during some rows: 1 of 6 in cpu." in report.readme_table({"cpu.json": loud})
 
 
 @pytest.fixture
@@ -222,8 +229,30 @@ def test_times_of_different_machines_are_not_compared(fact):
         new["capability"] = "avx512"
     found = comparison.compare(old, new, "old.json")
     assert "another machine (" in found.heading[1] and "times are not compared" in found.heading[1]
-    assert [row.change for row in found.rows] == ["within the spread", "not timed in both"]
+    assert [row.change for row in found.rows] == ["within the spread", "not compared (times of different machines)"]
+    assert found.summary == "1 within the spread, 1 not compared (times of different machines)"
     assert not any(row.time for row in found.rows) and " ms" not in str(found)
+
+
+def test_a_call_s_cost_is_timed_but_not_compared_with_another_machine_s():
+    cost = {"overhead_us": spread(9.0), "overhead_goal_us": None, "ratio": {}, "best_rival": None}
+    call = {key: value for key, value in result("a").items() if key not in {"copy_share", "gemm_share"}} | cost
+    old, new = document(call), document(call)
+    new["machine"] = new["machine"] | {"cores": 4}
+    [row] = comparison.compare(old, new, "old.json").rows
+    assert str(row) == "not compared (times of different machines): double a [heap] 1 thread"
+
+
+def test_what_an_interrupted_run_did_not_reach_is_not_gone():
+    old = document(result("a", sound=2.0), result("b", sound=2.0), asked=2)
+    found = comparison.compare(old, document(result("a", sound=2.0), asked=2), "old.json")
+    assert found.summary == "1 within the spread"
+    assert found.heading[1:] == [
+        "this run was interrupted: 1 of 2 cases",
+        "1 cases of old.json have no result in this run",
+    ]
+    found = comparison.compare(old | {"asked": 5}, old, "old.json")
+    assert found.heading[1:] == ["old.json was interrupted: 2 of 5 cases"]
 
 
 def test_what_was_not_asked_for_is_not_gone():
@@ -261,14 +290,80 @@ def test_two_stored_runs_are_compared_without_measuring(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("option", ["--from", "--compare"])
-@pytest.mark.parametrize(("text", "complaint"), [(None, "No such file"), ("{}", "must be a results file"), ("no", "Expecting")])
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (None, "can't be read (No such file or directory)"),
+        (b"{}", "must be a results file of fourfold.benchmarks, schema 1"),
+        (b"[]", "must be a results file of fourfold.benchmarks, schema 1"),
+        (b"no", "it is broken or cut off (Expecting"),
+        (b'{"fourfold_benchmarks": 1, "res', "it is broken or cut off (Unterminated string"),
+        (b"\x94\x00\xff", "is no text ("),
+        (b'{"fourfold_benchmarks": 1}', "the run: 'machine' is missing"),
+    ],
+)
 def test_what_is_no_stored_run_is_refused(tmp_path, capsys, option, text, complaint):
     path = tmp_path / "run.json"
     if text is not None:
-        path.write_text(text)
+        path.write_bytes(text)
     with pytest.raises(SystemExit) as stopped:
         program.main([f"{option}={path}"])
-    assert stopped.value.code == 2 and complaint in capsys.readouterr().err
+    told = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(told) == 2 and f"error: {path}: " in told[1] and complaint in told[1]
+
+
+def broken_runs() -> Iterator[tuple[report.Document, str]]:
+    """A run that lacks something or has something else there, and what is to be said."""
+    row = result("a", sound=2.0)
+    for key in stored_run.DOCUMENT:
+        yield {name: value for name, value in document(row).items() if name != key}, f"the run: {key!r} is missing"
+        yield document(row) | {key: 1.5}, f"the run: {key!r} must be "
+    for part, keys in (("machine", stored_run.MACHINE), ("settings", stored_run.SETTINGS)):
+        for key in keys:
+            whole = document(row)[part]
+            yield document(row) | {part: {k: v for k, v in whole.items() if k != key}}, f"{part}: {key!r} is missing"
+    for key in (*stored_run.ROW, "ratio", "best_rival"):
+        yield document(row, {k: v for k, v in row.items() if k != key}), f"result 2 of 2: {key!r} is missing"
+    for key in stored_run.SPREAD:
+        less = {k: v for k, v in spread(1.0).items() if k != key}
+        yield document(row | {"ms": {"fourfold": less}}), f"result 1 of 1: 'ms' of 'fourfold': {key!r} is missing"
+        yield document(row | {"ratio": {"sound": less}}), f"result 1 of 1: 'ratio' of 'sound': {key!r} is missing"
+        yield document(row | {"copy_share": less}), f"result 1 of 1: 'copy_share': {key!r} is missing"
+    yield document(row | {"ms": {"sound": spread(1.0)}}), "result 1 of 1: 'ms' has nothing of 'fourfold'"
+    yield document(row | {"ms": {"fourfold": 3}}), "result 1 of 1: 'ms' of 'fourfold' must be an object, got int"
+    yield document(row | {"best_rival": "nobody"}), "result 1 of 1: its best rival 'nobody' has no ratio"
+    yield document(row | {"state": "solid"}), "result 1 of 1: its state 'solid' is none of out, heap, fresh"
+    yield document(row | {"overhead_us": spread(1.0)}), "result 1 of 1: 'overhead_goal_us' is missing"
+    yield document(row, 3), "result 2 of 2 must be an object, got int"
+
+
+def test_a_run_that_lacks_something_is_refused_with_the_name_of_its_file(tmp_path):
+    cases = list(broken_runs())
+    assert len(cases) > 50
+    for run, complaint in cases:
+        with pytest.raises(ValueError, match=re.escape(complaint)) as refused:
+            report.load(stored(tmp_path, "broken.json", run))
+        assert str(refused.value).startswith(f"{tmp_path / 'broken.json'}: {complaint}"), complaint
+
+
+def test_a_stored_run_that_was_interrupted_says_so(tmp_path, capsys):
+    run = document(result("a", sound=2.0), result("b", sound=2.0), asked=16)
+    path, page = stored(tmp_path, "run.json", run), tmp_path / "page.html"
+    words = "interrupted: 2 of 16 cases"
+    assert program.main([f"--from={path}"]) == 0 and capsys.readouterr().out.splitlines().count(words) == 1
+    assert program.main([f"--from={path}", f"--report={page}"]) == 0
+    assert capsys.readouterr().out.splitlines() == [words, f"wrote {page}"]
+    assert f'<p class="warning">{words}</p>' in page.read_text(encoding="utf-8")
+    assert f"  \n{words}\n" in report.docs_page({"run.json": run})
+    for whole in (run | {"asked": 2}, {key: value for key, value in run.items() if key != "asked"}):
+        assert "interrupted" not in report.docs_page({"run.json": whole}) + report_html.render_html(whole)
+
+
+def test_a_stored_run_is_not_stored_again(tmp_path, capsys):
+    path = stored(tmp_path, "run.json", document(result("a", sound=2.0)))
+    with pytest.raises(SystemExit):
+        program.main([f"--from={path}", f"--json={tmp_path / 'another.json'}"])
+    assert "--from measures nothing that --json could store" in capsys.readouterr().err
 
 
 def test_a_new_run_is_compared_at_its_end(tmp_path):
@@ -361,6 +456,16 @@ def test_the_page_needs_nothing_beside_it_and_reads_without_its_script():
     assert first["share of copy_"] == ("0.50 (0.49–0.51)", "0.5") and third["share of GEMM peak"] == ("0.25 (bfloat16)", "0.25")
     assert third["rival's time / ours"] == ("–", None)
     assert all(len(row) == len(head) for row in rows)
+
+
+def test_the_page_has_its_own_marks_and_not_those_of_the_docs(monkeypatch):
+    monkeypatch.setattr(report_html, "_charts", lambda results: "")
+    run = document(result("a <b>", sound=2.0) | {"cost": {"floor": spread(1.0)}})
+    assert "*heap*" in report._legend(run) and "*anew*" in report._legend(run) and "`copy_`" in report._legend(run)
+    text = report_html.render_html(run).split("<h2>")[0].split("</style>")[1]
+    assert "<em>heap</em>" in text and "<em>anew</em>" in text and "<code>copy_</code>" in text
+    assert "*" not in text and "`" not in text
+    assert report_html._inline("`a<b` & *c*, 2 * 3") == "<code>a&lt;b</code> &amp; <em>c</em>, 2 * 3"
 
 
 def test_nothing_is_lost_where_no_rival_is_faster():

@@ -221,8 +221,14 @@ def transform_refusals(op: str, name: str, call: Any, raw: Any) -> list[Refusal]
     floating = f"{op}: {name} must be float16, bfloat16, float32 or float64"
     return [
         Refusal(TypeError, f"{op}: {name} must be a Tensor, got list", lambda: call([1.0])),
-        Refusal(TypeError, f"{floating}, got int64", lambda: call(x.long())),
+        Refusal(TypeError, f"{floating}, got int64; convert it with .float()", lambda: call(x.long())),
+        Refusal(TypeError, f"{floating}, got uint8; convert it with .float()", lambda: call(x.byte())),
         Refusal(TypeError, f"{floating}, got complex64", lambda: call(x * 1j)),
+        Refusal(
+            TypeError,
+            f"{op}: {name} must be a Tensor, got Proxy; symbolic tracing (torch.fx) is not supported, use torch.export",
+            lambda: torch.fx.symbolic_trace(call),
+        ),
         Refusal(ValueError, f"{op}: block_size must be one of (2, 4, 8, 16, 32), got 5", lambda: call(x, 5)),
         Refusal(TypeError, f"{op}: block_size must be an int, got 8.0", lambda: call(x, 8.0)),
         Refusal(
@@ -399,12 +405,22 @@ def idct_refusals() -> list[Refusal]:
     fit = "does not fit 2 x 3 blocks of 8; it must round up to (16, 24)"
     return [
         *transform_refusals(op, "y", call, raw_idct),
-        Refusal(ValueError, f"{op}: y must be 4-D in layout 'planar', got (192, 2, 3)", lambda: call(planar[0])),
         Refusal(
             ValueError,
-            f"{op}: y must be 5-D in layout 'blocks', got (1, 192, 2, 3)",
+            f"{op}: y must be 4-D in layout 'planar', got (192, 2, 3); add the batch dimension with y[None]",
+            lambda: call(planar[0]),
+        ),
+        Refusal(
+            ValueError,
+            f"{op}: y must be 4-D in layout 'planar', got (1, 3, 2, 3, 64); [B, C, h, w, F] is layout='blocks'",
+            lambda: call(blocks),
+        ),
+        Refusal(
+            ValueError,
+            f"{op}: y must be 5-D in layout 'blocks', got (1, 192, 2, 3); [B, C*F, h, w] is layout='planar'",
             lambda: call(planar, layout="blocks"),
         ),
+        Refusal(ValueError, f"{op}: y must be 4-D in layout 'planar', got (2, 3)", lambda: call(planar[0, 0])),
         Refusal(
             ValueError,
             f"{op}: planar y must have channels * 64 planes, got 191; check block_size, freqs and layout",

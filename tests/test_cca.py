@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -181,7 +182,8 @@ def test_expanded_and_overlapping_inputs():
     windows = randn(303).as_strided((300, 4), (1, 1))
     same_result(cca(windows, y), reference.cca(windows.contiguous(), y), 1e-10)
     same_result(cca(x.flip(0), y.flip(0)), reference.cca(x, y))
-    same_result(svcca(x[:1].expand(300, 4), y), reference.svcca(x[:1].repeat(300, 1), y))
+    with pytest.warns(UserWarning, match="^svcca: x must vary"):
+        same_result(svcca(x[:1].expand(300, 4), y), reference.svcca(x[:1].repeat(300, 1), y))
 
 
 def test_samples_in_any_order():
@@ -449,10 +451,21 @@ def test_rank_of_fast_damaged_neurons():
 def test_constant_layer(value):
     """No direction, nothing in common."""
     x, y = torch.full((100, 3), value, dtype=F64), randn(100, 4)
-    for result in (cca(x, y), cca(y, x), svcca(x, y), svcca(y, x), cca(x, x)):
+    fast = partial(cca, precision="fast")
+    cases = [(f, *pair) for f in (cca, fast, svcca) for pair in ((x, y, "x"), (y, x, "y"), (x, x, "x"), (x, x + 1, "x and y"))]
+    for function, a, b, named in cases:
+        with pytest.warns(UserWarning, match="rank 0") as caught:
+            result = function(a, b)
+        op = "svcca" if function is svcca else "cca"
+        (told,) = caught
+        assert str(told.message) == (
+            f"{op}: {named} must vary, got the same value in every sample: rank 0, so that every mean is 0 whatever the other "
+            "layer is; leave such a layer out (see docs/cca.md#limits)"
+        )
+        assert told.filename == __file__
         assert len(result.rho) == 0 and min(result.rank_x, result.rank_y) == 0
         assert result.mean == result.r2 == 0 == float(result)
-    assert cca(x, y).kappa_x == math.inf
+        assert (result.kappa_x if a is x else result.kappa_y) == math.inf
 
 
 def test_rtol():
@@ -889,7 +902,9 @@ def test_gradients_of_damaged_layers_are_finite(name, kind):
 def test_gradient_of_a_constant_layer_is_0():
     x, y = torch.full((100, 3), 0.1, dtype=F64), randn(100, 4)
     for name in ("cca", "svcca"):
-        for gradient in gradients(SCALARS[name], ours, x, y):
+        with pytest.warns(UserWarning, match=f"^{name}: x must vary"):
+            found = gradients(SCALARS[name], ours, x, y)
+        for gradient in found:
             assert gradient.abs().max() == 0
 
 
@@ -968,8 +983,7 @@ def test_svcca_warns_by_the_directions_kept():
 def test_one_two_three_samples(n):
     """What can be said of them is said; the rest is refused, below."""
     x, y = randn(n, 3), randn(n, 2, seed=1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "svcca: n=.*chance", UserWarning)
+    with pytest.warns(UserWarning, match="svcca: n=.*chance" if n > 1 else "svcca: x and y must vary"):
         result = svcca(x, y, variance=1.0)
     assert (result.rank_x, result.rank_y, result.n) == (n - 1, min(n - 1, 2), n)
     close(result.rho, torch.ones(min(n - 1, 2)))

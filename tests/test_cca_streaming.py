@@ -425,9 +425,15 @@ def test_a_constant_layer_is_nobodys_fault() -> None:
         (told,) = {str(w.message) for w in caught}
         assert told.startswith(f"StreamingCCA.compute: {method}: 1 layers have the same value in every sample, and are NaN")
         assert "'still'" in told
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*chance")
-        assert stream.compute("svcca").matrix.tolist() == [[pytest.approx(1.0), 0.0], [0.0, 0.0]]
+    for method in ("svcca", "cca"):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert stream.compute(method).matrix.tolist() == [[pytest.approx(1.0), 0.0], [0.0, 0.0]]
+        (told,) = {str(w.message) for w in caught if "chance" not in str(w.message)}
+        assert told == (
+            f"StreamingCCA.compute: {method}: 1 layers have the same value in every sample, and have rank 0 and a similarity "
+            "of 0, the first 'still'; leave them out (see docs/cca.md#limits)"
+        )
 
 
 def test_chance_and_condition() -> None:

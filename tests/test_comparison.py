@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import io
 import itertools
+import pickle
 import random
 import sys
 import types
@@ -576,7 +577,11 @@ def test_dead_layers():
     """Have no direction in common with anything; where that makes 0 / 0, it is NaN, and a warning names the layer."""
     a, b = Named(lambda self, x: self.last(self.dead(x)), dead=nn.Linear(4, 3), last=nn.Linear(3, 2)), mlp(4, 3)
     nn.init.zeros_(a.dead.weight)
-    found = compare(a, b, vectors(60), method=["svcca", "cca"])
+    with pytest.warns(UserWarning, match="'dead'") as caught:
+        found = compare(a, b, vectors(60), method=["svcca", "cca"])
+    told = "2 layers have the same value in every sample, and have rank 0 and a similarity of 0, the first 'dead' of model_a"
+    page = "; leave them out (see docs/cca.md#limits)"
+    assert [str(w.message) for w in caught] == [f"compare: {method}: {told}{page}" for method in ("svcca", "cca")]
     assert all(not matrix.any() for matrix in found.matrix.values())
     with pytest.warns(UserWarning, match=r"cka.*'dead'"):
         assert compare(a, b, vectors(60), method="cka").matrix["cka"].isnan().all()
@@ -784,6 +789,33 @@ def test_save_and_load(found, tmp_path):
         f"Comparison.load: the file must be one of Comparison.save, got something else in {tmp_path / 'other.pt'}",
         lambda: Comparison.load(tmp_path / "other.pt"),
     )
+
+
+def test_load_of_junk_names_the_file(tmp_path):
+    """And never advises to run what is in it."""
+    files = {
+        "empty": b"",
+        "text": b"epoch,loss\n1,0.5\n",
+        "pickle": pickle.dumps(sys.exit),
+        "picture": b"\x89PNG\r\n\x1a\n" + bytes(range(256)),
+        "zip": b"PK\x03\x04" + bytes(100),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    torch.save(nn.Linear(2, 2), tmp_path / "model")
+    buffer = io.BytesIO()
+    Comparison({"cka": torch.ones(2, 2)}, ("a", "b"), ("a", "b")).save(buffer)
+    (tmp_path / "cut").write_bytes(buffer.getvalue()[:-100])
+    torch.save({"fourfold.Comparison": 1, "matrix": {}}, tmp_path / "half")
+    for name in (*files, "model", "cut", "half"):
+        with pytest.raises(ValueError, match=r"Comparison\.load: ") as caught:
+            Comparison.load(tmp_path / name)
+        said = f"Comparison.load: the file must be one of Comparison.save, got something else in {tmp_path / name}"
+        assert str(caught.value).startswith(said)
+        assert "weights_only" not in str(caught.value)
+        assert caught.value.__suppress_context__ or caught.value.__context__ is None  # which is torch's advice
+    with pytest.raises(FileNotFoundError):
+        Comparison.load(tmp_path / "nothing")
 
 
 def test_pandas(found):

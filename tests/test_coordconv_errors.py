@@ -109,7 +109,7 @@ def refusals() -> list[Refusal]:
         "expected 62 input channels, got 66",
         0, torch.zeros(1, 66, 5, 5), 1, four, 2, torch.zeros(8, 2, 3, 3), 3, None, groups=4, groups_mode="concat",
     )  # fmt: skip
-    return [*found, *transposed_refusals(), *add_coords_refusals(), *spec_refusals(), *other_ranks()]
+    return [*found, *transposed_refusals(), *add_coords_refusals(), *spec_refusals(), *other_ranks(), *layer_refusals()]
 
 
 def other_ranks() -> list[Refusal]:
@@ -155,6 +155,64 @@ def transposed_refusals() -> list[Refusal]:
     ]
 
 
+def layer_refusals() -> list[Refusal]:
+    """What torch.nn's constructors refuse without the value that came, or accept and stumble over later."""
+    groups, kernel = "groups must divide in_channels and out_channels, got", "kernel_size must be an int or"
+    two: Any = ff.nn.CoordConv2d
+    wrong: list[tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = [
+        (ValueError, f"{groups} groups=2 for 3 and 16; take a divisor of 1", (3, 16, 3), {"groups": 2}),
+        (ValueError, f"{groups} groups=4 for 8 and 6; take a divisor of 2", (8, 6, 3), {"groups": 4}),
+        (ValueError, f"{groups} groups=0 for 4 and 6; take a divisor of 2", (4, 6, 3), {"groups": 0}),
+        (TypeError, "groups must be an int, got 2.0", (4, 6, 3), {"groups": 2.0}),
+        (TypeError, "in_channels must be an int, got 4.0", (4.0, 6, 3), {}),
+        (ValueError, "out_channels must be at least 0, got -1", (4, -1, 3), {}),
+        (ValueError, f"{kernel} 2 of them, got (3,)", (4, 6, (3,)), {}),
+        (ValueError, f"{kernel} 2 of them, got (3, 3, 3)", (4, 6, [3, 3, 3]), {}),
+        (ValueError, "kernel_size must be at least 1, got (3, 0)", (4, 6, (3, 0)), {}),
+        (TypeError, "kernel_size must be an int, got '33'", (4, 6, "33"), {}),
+        (ValueError, "stride must be an int or 2 of them, got (1, 1, 1)", (4, 6, 3, (1, 1, 1)), {}),
+        (ValueError, "dilation must be at least 1, got 0", (4, 6, 3), {"dilation": 0}),
+        (ValueError, "padding must be one of ('same', 'valid'), got 'some'", (4, 6, 3), {"padding": "some"}),
+        (
+            ValueError,
+            "padding='same' needs stride 1, got (2, 2); give the widths as ints",
+            (4, 6, 3, 2),
+            {"padding": "same"},
+        ),
+        (
+            ValueError,
+            "padding_mode must be one of ('zeros', 'reflect', 'replicate', 'circular'), got 'zero'",
+            (4, 6, 3),
+            {"padding_mode": "zero"},
+        ),
+    ]
+    found = [
+        Refusal(error, f"CoordConv2d: {message}", lambda args=args, options=options: two(*args, **options))
+        for error, message, args, options in wrong
+    ]
+    transposed: Any = ff.nn.CoordConvTranspose2d
+    return [
+        *found,
+        Refusal(ValueError, f"CoordConv1d: {kernel} 1 of them, got (3, 3)", lambda: ff.nn.CoordConv1d(4, 6, (3, 3))),
+        Refusal(ValueError, f"CoordConv3d: {kernel} 3 of them, got (3, 3)", lambda: ff.nn.CoordConv3d(4, 6, (3, 3))),
+        Refusal(
+            ValueError,
+            "CoordConvTranspose2d: padding_mode must be one of ('zeros',), got 'reflect'",
+            lambda: transposed(4, 6, 3, padding_mode="reflect"),
+        ),
+        Refusal(
+            ValueError,
+            "CoordConvTranspose2d: output_padding must be at least 0, got -1",
+            lambda: transposed(4, 6, 3, output_padding=-1),
+        ),
+        Refusal(
+            TypeError,
+            "CoordConvTranspose2d: padding must be an int, got 'same'",
+            lambda: transposed(4, 6, 3, padding="same"),
+        ),
+    ]
+
+
 def add_coords_refusals() -> list[Refusal]:
     op, x = "add_coords", torch.zeros(1, 2, 3, 4)
     form = "x must be [B, C, *size] with 1 to 3 spatial axes, got"
@@ -185,6 +243,18 @@ def spec_refusals() -> list[Refusal]:
         Refusal(ValueError, "CoordSpec.preset: 'solo' has no radius channel; use with_r=False",
                 lambda: CoordSpec.preset("solo", with_r=True)),
     ]  # fmt: skip
+
+
+def test_layers_take_what_torch_takes():
+    """One number for all axes as a tuple, any iterable, ranks' own kernels, no channels but the coordinates."""
+    x = torch.zeros(1, 4, 8, 8)
+    for given in ({"stride": (2,)}, {"padding": [1]}, {"dilation": torch.Size([1, 2])}, {"kernel_size": range(2, 4)}):
+        options: dict[str, Any] = {"kernel_size": 3, **given}
+        assert ff.nn.CoordConv2d(4, 6, **options)(x).shape == torch.nn.Conv2d(4, 6, **options)(x).shape
+    assert ff.nn.CoordConv1d(4, 6, (3,))(x[0, 0, :4]).shape == (6, 6)  # a signal of 4 channels, 8 long
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of a weight without elements
+        assert ff.nn.CoordConv2d(0, 6, 3).coord_weight.shape == (6, 2, 3, 3)
 
 
 @pytest.mark.parametrize("refusal", refusals(), ids=lambda refusal: refusal.message)

@@ -389,12 +389,24 @@ def test_load_state_dict_of_a_concat_layer_says_what_to_do(key):
 def test_load_state_dict_of_a_plain_layer():
     """A torch.nn checkpoint lacks the coordinates' weights and nothing else."""
     conv, layer = nn.Conv2d(4, 6, 3), ff.nn.CoordConv2d(4, 6, 3)
-    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "coord_weight"'):
+    with pytest.raises(RuntimeError) as caught:
         layer.load_state_dict(conv.state_dict())
+    assert str(caught.value) == (
+        'Error(s) in loading state_dict for CoordConv2d:\n\tMissing key(s) in state_dict: "coord_weight". \n\t'
+        "These are the entries of a Conv2d, which has no coordinates: CoordConv2d.from_conv(conv) makes a CoordConv2d of one "
+        "that has loaded them; strict=False leaves coord_weight as it is (see docs/coordconv.md#limits)"
+    )
+    # What lacks more than that, or is another layer's, has torch's error alone.
+    for entries in ({}, {"bias": conv.bias}, nn.Conv2d(4, 6, 5).state_dict(), {**layer.state_dict(), "more": conv.bias}):
+        with pytest.raises(RuntimeError, match=r"Error\(s\) in loading state_dict for CoordConv2d") as caught:
+            layer.load_state_dict(entries)
+        assert "from_conv" not in str(caught.value)
     result = layer.load_state_dict(conv.state_dict(), strict=False)
     assert result.missing_keys == ["coord_weight"]
     assert result.unexpected_keys == []
     assert torch.equal(layer.weight, conv.weight)
+    layer.load_state_dict(ff.nn.CoordConv2d.from_conv(conv).state_dict(), assign=True)
+    assert not layer.coord_weight.any()
 
 
 # ---- as torch.nn's layers ------------------------------------------------------------------------------------------------

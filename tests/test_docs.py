@@ -6,6 +6,7 @@ And it is backed: what was measured names its stored run, and what a message poi
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -111,6 +112,32 @@ def test_quoted_figures_are_those_of_the_stored_run(name):
     assert figures().PAGES[name](text) == text, "run: python docs/site/figures.py"
 
 
+def test_the_cost_of_a_call_is_hidden_for_no_op():
+    """Whatever a stored run has of it is on the page."""
+    runs = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "benchmarks" / "results").glob("*.json")]
+    small = {(row["op"], row["label"]) for run in runs for row in run["results"] if row.get("overhead_us")}
+    section = (DOCS / "performance.md").read_text(encoding="utf-8").partition("\n## Small inputs\n")[2].partition("\n## ")[0]
+    assert len(small) >= 10
+    assert set(re.findall(r"^\| `(\w+)` \| (.*?) \| .* µs \| \w+ [\d.]+ µs \|$", section, re.M)) == small
+
+
+def test_ratios_of_swapping_say_which_way():
+    """As in the benchmarks above 1 is better, whichever way an older run wrote them."""
+    faster = figures().faster
+    for after in ("5 ms: 0.25×; 2 left", "5 ms: 4.00× as fast; 2 left"):
+        assert faster("20 ms", after) == "5 ms: 4.00× as fast; 2 left"
+    assert faster("20 ms", "40 ms: 2.00×") == "40 ms: 0.50× as fast"
+    assert faster("67.2 MB file", "34.7 MB") == "34.7 MB"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_first_sentence_claims_no_gpu_that_the_ledger_has_not(page):
+    rows = re.findall(r"^\| `\w+` \| (.*?) \|", (DOCS / "gpu.md").read_text(encoding="utf-8"), re.M)
+    assert rows
+    first = re.split(r"\.\n", (ROOT / page).read_text(encoding="utf-8").split("\n\n")[1])[0]
+    assert ("no GPU has run" in first) == (set(rows) == {"not measured"})
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in GENERATED], ids=name_of)
 def test_what_was_measured_names_its_run(page):
     """In its section, or where the page begins."""
@@ -187,6 +214,8 @@ def broken(place: str) -> None:
             ff.compress(torch.ones(1, 70_000), torch.ones(1, 70_000, dtype=torch.bool), format="csr16")
         case "swapping.md#what-is-refused":
             ff.swap(torch.nn.DataParallel(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1))), ff.recipes.coord_conv())
+        case "coordconv.md#limits":
+            ff.nn.CoordConv2d(3, 4, 1).load_state_dict(torch.nn.Conv2d(3, 4, 1).state_dict())
         case "coordconv.md#checkpoints-of-other-implementations":
             ff.nn.CoordConv2d(3, 4, 1).load_state_dict({"weight": torch.zeros(4, 5, 1, 1), "bias": torch.zeros(4)})
         case "jpeg.md#broken-files":
@@ -210,6 +239,7 @@ def broken(place: str) -> None:
         "maskmm.md#masks",
         "maskmm.md#sparse-inference",
         "swapping.md#what-is-refused",
+        "coordconv.md#limits",
         "coordconv.md#checkpoints-of-other-implementations",
         "jpeg.md#broken-files",
         "jpeg.md#writing",

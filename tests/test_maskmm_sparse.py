@@ -750,7 +750,9 @@ def test_auto_follows_its_table(dtype, monkeypatch):
         mask = random_mask(50, 200, share=density)
         sparse = compress(torch.ones(50, 200, dtype=dtype), mask, batch_hint=batch)
         assert (sparse.format == "dense") >= (density == 1)
-        assert sparse.reason.startswith(f"the fastest measured at density {sparse.density:.2g} with {batch} row")
+        plain = "F.linear, as in a plain Linear, was measured faster than the other formats"
+        than = plain if sparse.format == "dense" else "measured faster than F.linear and the other formats"
+        assert sparse.reason.startswith(f"{than} at density {sparse.density:.2g} with {batch} row")
         assert sparse.reason in repr(sparse)
         assert repr(sparse.format) in repr(sparse)
     dense = compress(torch.ones(4, 70000, dtype=dtype), batch_hint=64)
@@ -778,7 +780,8 @@ def test_tune_times_once(monkeypatch):
     calls = []
     monkeypatch.setattr(maskmm_sparse, "_clock", lambda device: calls.append(device) or float(len(calls)))
     first = compress(weight, mask, format="tune", batch_hint=5)
-    assert first.reason.startswith("timed fastest with 8 rows of x, ms: bitmap 1e+03, csr16 1e+03, slab 1e+03, dense 1e+03")
+    than = "timed faster than F.linear (dense) and the other formats with 8 rows of x"
+    assert first.reason.startswith(f"{than}, ms: bitmap 1e+03, csr16 1e+03, slab 1e+03, dense 1e+03")
     timed = len(calls)
     assert timed == 2 * 5 * 4
     assert compress(weight, mask, format="tune", batch_hint=8).format == first.format
@@ -803,7 +806,13 @@ def test_tune_takes_the_fastest(monkeypatch):
     monkeypatch.setattr(maskmm_sparse, "sparse_linear", product)
     sparse = compress(torch.randn(40, 70), random_mask(40, 70), format="tune")
     assert sparse.format == "slab"
-    assert sparse.reason == "timed fastest with 1 row of x, ms: bitmap 3e+03, csr16 2e+03, slab 1e+03, dense 4e+03"
+    than, times = "timed faster than F.linear (dense) and the other formats", "bitmap 3e+03, csr16 2e+03, slab 1e+03, dense"
+    assert sparse.reason == f"{than} with 1 row of x, ms: {times} 4e+03"
+    cost["dense"] = 0.5
+    dense = compress(torch.randn(40, 70), random_mask(40, 70), format="tune", batch_hint=2)
+    assert dense.format == "dense"
+    than = "F.linear, as in a plain Linear, was timed faster than the other formats"
+    assert dense.reason == f"{than} with 2 rows of x, ms: {times} 500"
 
 
 @pytest.mark.parametrize("format", maskmm_sparse.FORMATS)

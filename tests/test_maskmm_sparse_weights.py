@@ -116,12 +116,19 @@ def test_auto_is_the_table(monkeypatch):
     assert ff.compress(weight, torch.zeros_like(weight, dtype=torch.bool)).format == "bitmap"  # batch_hint is 1
     long = chosen(9, 100, randn(1, 65537, dtype=F32))
     assert long.format == "slab"
-    assert long.reason == "the fastest measured at density 0.00014 with 100 rows of x in float32"
+    assert long.reason == "measured faster than F.linear and the other formats at density 0.00014 with 100 rows of x in float32"
     assert long.reason in repr(long)
-    assert chosen(64, 1).reason == "the fastest measured at density 0.25 with 1 row of x in float32"
-    assert chosen(9, 1, weight.bfloat16()).format == "dense"
+    assert (
+        chosen(64, 1).reason == "measured faster than F.linear and the other formats at density 0.25 with 1 row of x in float32"
+    )
+    plain = chosen(9, 1, weight.bfloat16())
+    assert plain.format == "dense"  # whose reason is no praise of the layer: a plain one does the same
+    said = "F.linear, as in a plain Linear, was measured faster than the other formats at density 0.035 with 1 row of x in"
+    assert plain.reason == f"{said} bfloat16"
     monkeypatch.setattr(maskmm_sparse._C, "machine_capability", lambda: "amx")
-    assert chosen(9, 1, weight.bfloat16()).format == "slab"
+    tiled = chosen(9, 1, weight.bfloat16())
+    assert tiled.format == "slab"
+    assert tiled.reason.startswith("expected faster than F.linear and the other formats at density")  # AMX's was not measured
     assert chosen(9, 1).format == "bitmap"
 
 
@@ -136,7 +143,8 @@ def test_auto_leaves_small_products_dense():
     assert chosen(512, 4, 0.1).format == "csr16"
     assert chosen(512, 4, 0.3).format == "dense"
     assert chosen(512, 8, 0.3).format == "csr16"
-    assert chosen(64, 1, 0.1).reason == "measured faster for so small a product, 64 x 512 with 1 row of x"
+    said = "F.linear, as in a plain Linear, was measured faster for so small a product, 64 x 512 with 1 row of x"
+    assert chosen(64, 1, 0.1).reason == said
 
 
 def test_tune_does_not_touch_gradients():

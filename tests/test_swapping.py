@@ -263,6 +263,17 @@ def test_bad_arguments() -> None:
             net,
             same,
         ),
+        *(
+            (
+                (
+                    "recipes must be a dict such as {torch.nn.Conv2d: fourfold.nn.CoordConv2d.from_conv}, got the function "
+                    f"{name}; call it: ff.recipes.{name}()"
+                ),
+                net,
+                getattr(ff.recipes, name),
+            )
+            for name in ("coord_conv", "compress", "plain")
+        ),
         ("the keys of recipes must be types of torch.nn.Module, got 'Linear'", net, {"Linear": same}),
         ("the keys of recipes must be types of torch.nn.Module, got <class 'torch.Tensor'>", net, {Tensor: same}),
         ("the recipe for Linear must be a function of the layer, got 3", net, {nn.Linear: 3}),

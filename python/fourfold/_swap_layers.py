@@ -45,9 +45,11 @@ def check_arguments(model: Any, recipes: Any, where: Any, change_output: Any) ->
     if not isinstance(model, nn.Module):
         raise TypeError(f"{OP}: model must be a torch.nn.Module, got {type(model).__name__}")
     if not isinstance(recipes, Mapping):
+        got = type(recipes).__name__
+        if getattr(recipes, "__module__", None) == f"{__package__}.recipes":  # the function that makes a dict
+            got = f"the function {recipes.__name__}; call it: ff.recipes.{recipes.__name__}()"
         raise TypeError(
-            f"{OP}: recipes must be a dict such as {{torch.nn.Conv2d: fourfold.nn.CoordConv2d.from_conv}}, "
-            f"got {type(recipes).__name__}"
+            f"{OP}: recipes must be a dict such as {{torch.nn.Conv2d: fourfold.nn.CoordConv2d.from_conv}}, got {got}"
         )
     if not recipes:
         raise ValueError(f"{OP}: recipes must name at least one type of layer, got an empty dict")

@@ -95,9 +95,17 @@ class Comparison:
         Raises:
             ValueError: the file holds something else.
         """
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict) or state.get("fourfold.Comparison") != 1:
-            raise ValueError(f"Comparison.load: the file must be one of Comparison.save, got something else in {path}")
+        other = f"Comparison.load: the file must be one of Comparison.save, got something else in {path}"
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:  # no such file, or none that may be read
+            raise
+        except Exception as error:  # bytes that are no pickle can make an unpickler raise anything
+            # Without the cause: it advises to load with weights_only=False, which runs what is in the file.
+            raise ValueError(f"{other}, which torch.load does not read ({type(error).__name__})") from None
+        parts = {"matrix", "layers_a", "layers_b"}
+        if not (isinstance(state, dict) and state.get("fourfold.Comparison") == 1 and parts <= state.keys()):
+            raise ValueError(other)
         return cls(state["matrix"], tuple(state["layers_a"]), tuple(state["layers_b"]))
 
 

@@ -1,7 +1,7 @@
 """CoordConv layers: torch.nn's convolutions with one more parameter, ``coord_weight``."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from .._pages import see
 from ..ops import _checks as check
 from ..ops._coord_plan import CoordSpec
-from ..ops.coordconv import ACTIVATIONS, add_coords, coord_conv, coord_conv_transpose
+from ..ops.coordconv import (
+    ACTIVATIONS,
+    PADDING_MODES,
+    add_coords,
+    check_sizes,
+    coord_conv,
+    coord_conv_transpose,
+)
 
 _Layer = TypeVar("_Layer", bound="_CoordLayer")
 
@@ -59,6 +66,7 @@ class _CoordLayer(nn.Module):
     """What the CoordConv layers add to the torch.nn layer that they extend."""
 
     _base: ClassVar[type[nn.Module]]
+    _rank: ClassVar[int]
     _channel_dim: ClassVar[int] = 1  # of weight and coord_weight: where x's channels and the coordinates stand
     _version = 1
 
@@ -72,6 +80,26 @@ class _CoordLayer(nn.Module):
     spec: CoordSpec
     activation: str | None
     coord_weight: nn.Parameter
+
+    @classmethod
+    def _check_arguments(
+        cls, in_channels: Any, out_channels: Any, groups: Any, padding_mode: Any, modes: tuple[str, ...], **sizes: Any
+    ) -> None:
+        """What torch.nn's constructor accepts and its forward does not, or refuses without saying what came."""
+        name = cls.__name__
+        for argument, channels in (("in_channels", in_channels), ("out_channels", out_channels)):
+            if check.integer(name, argument, channels) < 0:
+                raise ValueError(f"{name}: {argument} must be at least 0, got {channels}")
+        groups = check.integer(name, "groups", groups)
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"{name}: groups must divide in_channels and out_channels, got groups={groups} for {in_channels} and "
+                f"{out_channels}; take a divisor of {math.gcd(in_channels, out_channels)}"
+            )
+        check.one_of(name, "padding_mode", padding_mode, modes)
+        # As torch.nn does; to the functions a string is no sequence.
+        listed = {key: tuple(v) if isinstance(v, Iterable) and not isinstance(v, str) else v for key, v in sizes.items()}
+        check_sizes(name, cls._rank, **listed)
 
     def _init_coords(self, with_r: bool, spec: CoordSpec | None, activation: str | None) -> None:
         name = type(self).__name__
@@ -251,6 +279,22 @@ class _CoordLayer(nn.Module):
         conv.train(self.training)
         return conv
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of torch.nn.Module; where a plain convolution's entries are refused, the error names the way to load them."""
+        try:
+            return super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError as error:
+            weight = state_dict.get("weight")
+            lacking = strict and "coord_weight" not in state_dict
+            if not (lacking and isinstance(weight, Tensor) and weight.shape == self.weight.shape):
+                raise
+            name = type(self).__name__
+            raise RuntimeError(
+                f"{error}\n\tThese are the entries of a {self._base.__name__}, which has no coordinates: "
+                f"{name}.from_conv(conv) makes a {name} of one that has loaded them; strict=False leaves coord_weight as it is"
+                + see("coordconv.md#limits")
+            ) from None
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -301,6 +345,10 @@ class _CoordConvNd(_CoordLayer):
         spec: CoordSpec | None = None,
         activation: str | None = None,
     ) -> None:
+        self._check_arguments(
+            in_channels, out_channels, groups, padding_mode, PADDING_MODES,
+            kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation,
+        )  # fmt: skip
         base: Any = super()
         base.__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
@@ -318,7 +366,7 @@ class _CoordConvNd(_CoordLayer):
 class CoordConv1d(_CoordConvNd, nn.Conv1d):
     """Conv1d that also sees coordinates; arguments and parameters as for :class:`CoordConv2d`."""
 
-    _base = nn.Conv1d
+    _base, _rank = nn.Conv1d, 1
 
 
 class CoordConv2d(_CoordConvNd, nn.Conv2d):
@@ -335,13 +383,13 @@ class CoordConv2d(_CoordConvNd, nn.Conv2d):
     coordinate channels; drawn as in a layer of in_channels / groups + nc channels.
     """
 
-    _base = nn.Conv2d
+    _base, _rank = nn.Conv2d, 2
 
 
 class CoordConv3d(_CoordConvNd, nn.Conv3d):
     """Conv3d that also sees coordinates; arguments and parameters as for :class:`CoordConv2d`."""
 
-    _base = nn.Conv3d
+    _base, _rank = nn.Conv3d, 3
 
 
 class CoordConvTranspose2d(_CoordLayer, nn.ConvTranspose2d):
@@ -351,7 +399,7 @@ class CoordConvTranspose2d(_CoordLayer, nn.ConvTranspose2d):
     [nc, out_channels, kh, kw].
     """
 
-    _base = nn.ConvTranspose2d
+    _base, _rank = nn.ConvTranspose2d, 2
     _channel_dim = 0
 
     def __init__(
@@ -373,6 +421,10 @@ class CoordConvTranspose2d(_CoordLayer, nn.ConvTranspose2d):
         spec: CoordSpec | None = None,
         activation: str | None = None,
     ) -> None:
+        self._check_arguments(
+            in_channels, out_channels, groups, padding_mode, ("zeros",),
+            kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation, output_padding=output_padding,
+        )  # fmt: skip
         base: Any = super()
         base.__init__(
             in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation, padding_mode,

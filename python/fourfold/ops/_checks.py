@@ -5,7 +5,7 @@ import os
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
@@ -23,7 +23,8 @@ def dtype_name(x: Any) -> str:
 def tensor(op: str, name: str, x: Any) -> None:
     """Raises TypeError unless x is a dense tensor of this process alone."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+        fix = "; symbolic tracing (torch.fx) is not supported, use torch.export" if isinstance(x, fx.Proxy) else ""
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}{fix}")
     local(op, name, x)
     if x.layout is not torch.strided or x.is_nested:
         kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
@@ -52,11 +53,12 @@ def contents(x: Tensor) -> bool:
     return x.device.type == "cpu" or (x.device.type != "meta" and os.environ.get("FOURFOLD_CHECK") == "1")
 
 
-def floating(op: str, name: str, x: Any) -> None:
-    """Raises TypeError unless x is a tensor of a floating dtype."""
+def floating(op: str, name: str, x: Any, convert: bool = False) -> None:
+    """Raises TypeError unless x is a tensor of a floating dtype; convert: integers are a likely mistake, and have a remedy."""
     tensor(op, name, x)
     if x.dtype not in FLOATING:
-        raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {dtype_name(x)}")
+        fix = "; convert it with .float()" if convert and not x.is_complex() and not x.is_floating_point() else ""
+        raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {dtype_name(x)}{fix}")
 
 
 def integer(op: str, name: str, value: Any) -> Any:

@@ -84,12 +84,22 @@ def beyond_float32(power: Tensor, n: int) -> bool:
     return not n * 2.0**-100 < float(power) < math.inf
 
 
-def warn_constant(op: str, names: list[Any]) -> None:
-    """Warns where layers that do not vary leave a measure undefined."""
+def warn_constant(op: str, names: list[Any], found: str = "are NaN (0 / 0)") -> None:
+    """Warns of layers that do not vary; found: what that makes of them."""
     if names:
         _warn(
-            f"{op}: {len(names)} layers have the same value in every sample, and are NaN (0 / 0), the first {names[0]!r}; "
+            f"{op}: {len(names)} layers have the same value in every sample, and {found}, the first {names[0]!r}; "
             f"leave them out{see('cca.md#limits')}",
+            None,
+        )
+
+
+def warn_rankless(op: str, names: list[str]) -> None:
+    """Warns where inputs do not vary, which have no direction to correlate."""
+    if names:
+        _warn(
+            f"{op}: {' and '.join(names)} must vary, got the same value in every sample: rank 0, so that every mean is 0 "
+            f"whatever the other layer is; leave such a layer out{see('cca.md#limits')}",
             None,
         )
 

@@ -377,7 +377,7 @@ def block_dct(
         ValueError: anything else; the message names what was expected and what came.
     """
     op = "block_dct"
-    check.floating(op, "x", x)
+    check.floating(op, "x", x, convert=True)
     block_size = _check_common(op, block_size, layout, freqs)
     if x.dim() != 4:
         fix = "; add the batch dimension with x[None]" if x.dim() == 3 else ""
@@ -436,11 +436,16 @@ def block_idct(
         ValueError: anything else; the message names what was expected and what came.
     """
     op = "block_idct"
-    check.floating(op, "y", y)
+    check.floating(op, "y", y, convert=True)
     n = _check_common(op, block_size, layout, freqs)
     rank = 5 if layout == "blocks" else 4
     if y.dim() != rank:
-        raise ValueError(f"{op}: y must be {rank}-D in layout {layout!r}, got {tuple(y.shape)}")
+        fix = ""
+        if (rank, y.dim()) in {(4, 5), (5, 4)}:
+            fix = "; [B, C*F, h, w] is layout='planar'" if rank == 5 else "; [B, C, h, w, F] is layout='blocks'"
+        elif y.dim() == 3:
+            fix = "; add the batch dimension with y[None]"
+        raise ValueError(f"{op}: y must be {rank}-D in layout {layout!r}, got {tuple(y.shape)}{fix}")
     index: Tensor | None = freqs if frequencies.is_index(freqs, op) else None
     kept = None if index is not None else frequencies.listed(op, freqs, n)
     f = frequencies.count(kept, n) if index is None else index.shape[0]

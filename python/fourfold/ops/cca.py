@@ -153,17 +153,19 @@ def _refined(
     return wx, wy, tx.mT @ xy @ ty
 
 
-def _result(rho: Tensor, wx: similarity.Whitener, wy: similarity.Whitener, n: int) -> CCAResult:
+def _result(op: str, rho: Tensor, wx: similarity.Whitener, wy: similarity.Whitener, n: int) -> CCAResult:
+    same = wx is wy
+    similarity.warn_rankless(op, [name for name, w in (("x", wx), ("y", wy))[: 1 if same else 2] if not w.rank])
     x = _Condition(wx)
-    y = x if wx is wy else _Condition(wy)
+    y = x if same else _Condition(wy)
     mean, r2 = similarity.mean_rho(rho, wx, wy), similarity.mean_r2(rho, wx, wy)
     return CCAResult(rho, mean, r2, wx.rank, wy.rank, n, x, y)
 
 
-def _compared(x: Tensor, y: Tensor, pair: Scatter, wx: similarity.Whitener, wy: similarity.Whitener) -> CCAResult:
+def _compared(op: str, x: Tensor, y: Tensor, pair: Scatter, wx: similarity.Whitener, wy: similarity.Whitener) -> CCAResult:
     better_x, better_y, whitened = _refined(x, y, pair, wx, wy)
     rho = similarity.correlations(pair.xx, pair.xy, pair.yy, better_x, better_y, whitened)
-    return _result(rho, wx, wy, x.shape[0])
+    return _result(op, rho, wx, wy, x.shape[0])
 
 
 def _whiteners(pair: Scatter, n: int, **options: Any) -> tuple[similarity.Whitener, similarity.Whitener]:
@@ -194,7 +196,8 @@ def cca(x: Tensor, y: Tensor, *, rtol: float | None = None, precision: Literal["
         TypeError: if an input is not a floating tensor, or an option has the wrong type.
         ValueError: for shapes that do not match, NaN or infinite values, and n <= max(dx, dy), where every correlation is 1.
 
-    Warns where n < 10 max(dx, dy), with the level that independent data would reach.
+    Warns where n < 10 max(dx, dy), with the level that independent data would reach; and names a constant layer, whose rank is
+    0, so that mean and r2 are 0.
     """
     op = "cca"
     rtol = similarity.check_rtol(op, rtol)
@@ -204,10 +207,10 @@ def cca(x: Tensor, y: Tensor, *, rtol: float | None = None, precision: Literal["
     pair = scatter_of(x, y, precision=precision)
     wx, wy = _whiteners(pair, n, rtol=rtol, precision=precision)
     if precision == "high":
-        return _compared(x, y, pair, wx, wy)
+        return _compared(op, x, y, pair, wx, wy)
     for name, w in (("x", wx),) if wx is wy else (("x", wx), ("y", wy)):
         similarity.warn_condition(op, name, w)
-    return _result(similarity.correlations(pair.xx, pair.xy, pair.yy, wx, wy), wx, wy, n)
+    return _result(op, similarity.correlations(pair.xx, pair.xy, pair.yy, wx, wy), wx, wy, n)
 
 
 @_eager
@@ -230,7 +233,8 @@ def svcca(x: Tensor, y: Tensor, *, variance: float = 0.99) -> CCAResult:
         TypeError: if an input is not a floating tensor, or variance is no number.
         ValueError: for shapes that do not match, NaN or infinite values, and a share out of range.
 
-    Warns where n is less than ten times the directions kept, with the level that independent data would reach.
+    Warns where n is less than ten times the directions kept, with the level that independent data would reach; and names a
+    constant layer, whose rank is 0, so that mean and r2 are 0.
     """
     op = "svcca"
     variance = similarity.check_variance(op, variance)
@@ -239,7 +243,7 @@ def svcca(x: Tensor, y: Tensor, *, variance: float = 0.99) -> CCAResult:
     pair = scatter_of(few[0], few[-1])
     wx, wy = _whiteners(pair, n, variance=variance)
     similarity.warn_chance(op, n, max(wx.rank, wy.rank))
-    return _compared(few[0], few[-1], pair, wx, wy)
+    return _compared(op, few[0], few[-1], pair, wx, wy)
 
 
 @_eager

@@ -572,7 +572,8 @@ class StreamingCCA:
             ValueError: nothing was updated; too few samples for cca, pwcca or dft_cca (naming the layer); ``kernel="rbf"``,
                 which is no function of sums.
 
-        A constant layer, which leaves pwcca, cka, procrustes and rv undefined, is NaN there, and a warning names it.
+        A constant layer, which leaves pwcca, cka, procrustes and rv undefined, is NaN there; for cca and svcca its rank is 0,
+        and so are its similarities. A warning names it.
         """
         op = "StreamingCCA.compute"
         one_of(op, "method", method, METHODS)
@@ -609,7 +610,9 @@ class StreamingCCA:
         assert self._layout is not None
         measures = [_Measures(op, method, options, self.precision, state, space) for state, space in self._measured()]
         found = {pair: measures[space].of(i, j) for pair, (space, i, j) in self._layout.places.items()}
-        similarity.warn_constant(f"{op}: {method}", list(dict.fromkeys(name for m in measures for name in m.constant)))
+        constant = list(dict.fromkeys(name for m in measures for name in m.constant))
+        found_as = "have rank 0 and a similarity of 0" if method in ("cca", "svcca") else "are NaN (0 / 0)"
+        similarity.warn_constant(f"{op}: {method}", constant, found_as)
         return found
 
     def _measured(self) -> list[tuple[Moments, _Space]]:
@@ -625,7 +628,7 @@ class _Measures:
         self.names = [name for name, _ in space.entries]
         self.scatters = [state.cross(i, i) for i in range(len(self.names))]
         self.whiteners: list[similarity.Whitener] = []
-        #: Layers that a pair was undefined for.
+        #: Layers that do not vary, of the pairs that were asked for.
         self.constant: list[Name] = []
         if precision == "fast":
             for name, scatter, sums in zip(self.names, self.scatters, state.sums, strict=True):
@@ -653,6 +656,8 @@ class _Measures:
             wx, wy = self.whiteners[i], self.whiteners[j]
             if self.method == "pwcca" and self._undefined(i, j):
                 return (torch.tensor(math.nan),) * 2
+            if self.method != "pwcca":
+                self.constant += [self.names[k] for k in (i, j) if not self.whiteners[k].rank]
             if i == j:
                 return (torch.tensor(1.0 if wx.rank else 0.0),) * 2
             if self.method == "pwcca":

@@ -173,6 +173,22 @@ def _paddings(
     return tuple(t // 2 for t in totals), tuple(t - t // 2 for t in totals)
 
 
+def check_sizes(
+    op: str, rank: int, *, kernel_size: Any, stride: Any, padding: Any, dilation: Any, output_padding: Any = None
+) -> None:
+    """Checks what a module keeps, in its own name, before there is an input; output_padding: of the transposed form."""
+    if isinstance(kernel_size, (tuple, list)) and len(kernel_size) != rank:
+        # One number would do for the others, but of the kernel torch.nn makes a weight with as many axes.
+        raise ValueError(f"{op}: kernel_size must be an int or {rank} of them, got {kernel_size!r}")
+    kernel = _ints(op, "kernel_size", kernel_size, rank, 1)
+    strides, dilations = _ints(op, "stride", stride, rank, 1), _ints(op, "dilation", dilation, rank, 1)
+    if output_padding is None:
+        _paddings(op, padding, strides, dilations, kernel)
+    else:
+        _ints(op, "padding", padding, rank, 0)
+        _ints(op, "output_padding", output_padding, rank, 0)
+
+
 def _check_tensors(op: str, x: Any, weight: Any, coord_weight: Any, bias: Any, rank: int) -> None:
     check.floating(op, "x", x)
     check.floating(op, "weight", weight)

@@ -623,11 +623,16 @@ AMX_TABLE: Table = (
 LEAST_WORK = ((0.25, 2**21), (0.0, 2**20))
 
 
+#: How a reason for "dense" begins: what a SparseLinear then calls, so that it is no faster than the layer it was made of.
+_PLAIN = "F.linear, as in a plain Linear, was "
+
+
 def from_table(values: Tensor, density: float, batch: int, n: int, k: int) -> tuple[str, str]:
     """(format, reason) for values of this dtype and device."""
     least_work = next(work for least, work in LEAST_WORK if density >= least)
     if n * k * batch < least_work:
-        return "dense", f"measured faster for so small a product, {n} x {k} with {batch} row{'s' * (batch > 1)} of x"
+        rows = f"{batch} row{'s' * (batch > 1)} of x"
+        return "dense", f"{_PLAIN}measured faster for so small a product, {n} x {k} with {rows}"
     tiles = values.dtype == torch.bfloat16 and values.device.type == "cpu" and _C.machine_capability() == "amx"
     table = AMX_TABLE if tiles else TABLE[values.dtype]
     formats = next(formats for most, formats in table if batch <= most)
@@ -635,7 +640,12 @@ def from_table(values: Tensor, density: float, batch: int, n: int, k: int) -> tu
     if format == "csr16" and k > 65536:
         format = "slab"  # noqa: A001
     rows = f"{batch} row{'s' * (batch > 1)} of x"
-    return format, f"the fastest measured at density {density:.2g} with {rows} in {check.dtype_name(values)}"
+    how = f"{'expected' if tiles else 'measured'} faster than"
+    than = "the other formats" if format == "dense" else "F.linear and the other formats"
+    return (
+        format,
+        f"{_PLAIN if format == 'dense' else ''}{how} {than} at density {density:.2g} with {rows} in {check.dtype_name(values)}",
+    )
 
 
 #: What tuning found, by size, density, batch, dtype, device and threads.
@@ -658,7 +668,9 @@ def _by_timing(values: Tensor, bits: Tensor, n: int, k: int, density: float, bat
                     sparse_linear(x, candidate)
                     best[name] = min(best[name], _clock(values.device) - start)
         times = ", ".join(f"{name} {1e3 * seconds:.3g}" for name, seconds in best.items())
-        _tuned[key] = min(best, key=best.__getitem__), f"timed fastest with {bucket} row{'s' * (bucket > 1)} of x, ms: {times}"
+        fastest = min(best, key=best.__getitem__)
+        how = f"{_PLAIN}timed faster than" if fastest == "dense" else "timed faster than F.linear (dense) and"
+        _tuned[key] = fastest, f"{how} the other formats with {bucket} row{'s' * (bucket > 1)} of x, ms: {times}"
     return _tuned[key]
 
 
