@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,8 +15,8 @@ import pytest
 import torch
 from fourfold import _load
 from fourfold.reproduce import __main__ as command
-from fourfold.reproduce import _registry, _render, _run, _timing, coordconv
-from fourfold.reproduce._registry import NOT, OFFLINE, PARTLY, REPRODUCED, UNFINISHED, Claim, Run
+from fourfold.reproduce import _registry, _render, _run, _timing, blockdct, coordconv
+from fourfold.reproduce._registry import LOST, NOT, OFFLINE, PARTLY, REPRODUCED, UNFINISHED, Claim, Run
 
 DOCS = Path(__file__).parents[1] / "docs"
 FAST = ["cca.invariance", "cca.theorem", "blockdct.transform", "blockdct.linear-equivalence", "coordconv.zero-weights",
@@ -45,7 +46,7 @@ def test_every_claim_says_what_it_is():
     for name, claim in every.items():
         assert re.fullmatch(r"[a-z]+\.[a-z0-9.-]+", name) and name.startswith(claim.family + ".")
         assert claim.claim and claim.source and claim.criterion
-        assert not claim.criterion.endswith(".")  # the page adds it
+        assert not claim.criterion.endswith(".") and not claim.partly.endswith(".")  # the page adds it
 
 
 @pytest.mark.parametrize(
@@ -62,10 +63,23 @@ def test_choosing(names, some, others):
     assert chosen == [name for name in _registry.every_claim() if name in chosen]
 
 
-def test_an_unknown_name_is_refused(capsys):
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("nonsense", "--list shows them"),
+        ("", "--list shows them"),
+        ("cca.invarience", "did you mean cca.invariance"),
+        ("single-images", "did you mean supsup.single-images"),
+        ("Cordconv", "did you mean coordconv"),
+        ("CCA.theorem", "did you mean cca.theorem"),
+        ("dowsampling", "did you mean coordconv.downsampling"),
+    ],
+)
+def test_an_unknown_name_is_refused(name, meant, capsys):
     with pytest.raises(SystemExit, match="2"):
-        command.main(["nonsense"])
-    assert "no claim or family is named 'nonsense'" in capsys.readouterr().err
+        command.main([name])
+    err = capsys.readouterr().err
+    assert f"no claim or family is named {name!r}; " in err and meant in err
 
 
 def test_two_of_one_name_are_refused():
@@ -93,7 +107,10 @@ def test_list_runs_nothing(capsys, monkeypatch):
         ([REPRODUCED] * 4 + [NOT], 4, REPRODUCED),
         ([REPRODUCED] * 3 + [NOT] * 2, 4, PARTLY),
         ([NOT] * 5, 4, NOT),
-        ([NOT] * 4 + [PARTLY], 4, PARTLY),
+        ([NOT, PARTLY, NOT, NOT, NOT], 5, NOT),
+        ([NOT] * 3 + [REPRODUCED] * 2, 5, NOT),
+        ([NOT] * 2 + [PARTLY] * 3, 5, PARTLY),
+        ([NOT] * 2 + [PARTLY] + [REPRODUCED] * 2, 5, PARTLY),
         ([REPRODUCED], 4, REPRODUCED),
         ([PARTLY], 4, PARTLY),
         ([NOT], 4, NOT),
@@ -101,6 +118,57 @@ def test_list_runs_nothing(capsys, monkeypatch):
 )
 def test_verdict_over_seeds(verdicts, at_least, expected):
     assert claim_of(at_least=at_least).judge([Run(one, "f") for one in verdicts])[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "at_least", "expected"),
+    [
+        ([REPRODUCED] * 4, 5, UNFINISHED),
+        ([REPRODUCED] * 3 + [PARTLY], 5, LOST),
+        ([PARTLY], 5, LOST),
+        ([NOT], 4, UNFINISHED),
+        ([REPRODUCED, NOT, NOT], 4, LOST),
+    ],
+)
+def test_some_seeds_can_settle_what_more_cannot_change(verdicts, at_least, expected):
+    runs = [Run(one, "f", seed=seed) for seed, one in enumerate(verdicts)]
+    result = _run.result_of(claim_of(at_least=at_least), True, runs)
+    assert result["verdict"] == expected
+    assert (f"{verdicts.count(REPRODUCED)} of them as claimed, where {at_least} have to be" in result["found"]) == (
+        expected == LOST
+    )
+    together = claim_of(at_least=at_least, over_seeds=lambda runs: (PARTLY, "means"))
+    assert _run.result_of(together, True, runs)["verdict"] == UNFINISHED
+
+
+def test_downsampling_counts_seeds():
+    def judged(worse: int) -> tuple[str, str]:
+        return coordconv._downsampled([Run("", "", {"conv": 0.5, "coordconv": 0.4 if i < worse else 0.6}) for i in range(5)])
+
+    assert [judged(worse)[0] for worse in range(6)] == [NOT, NOT, NOT, PARTLY, REPRODUCED, REPRODUCED]
+    assert judged(3)[1].endswith("worse with them in 3 of 5 seeds")
+
+
+@pytest.mark.parametrize(
+    ("simplejpeg", "pillow", "expected"), [(2.0, 3.0, REPRODUCED), (0.9, 3.0, PARTLY), (3.0, 0.9, PARTLY), (0.8, 0.9, NOT)]
+)
+def test_coefficients_race_the_faster_decoder(simplejpeg, pillow, expected, monkeypatch):
+    pytest.importorskip("PIL", reason="needs Pillow; run: pip install pillow")
+    monkeypatch.setattr(blockdct, "medians", lambda calls, laps: [16e-3, 16e-3 * simplejpeg, 16e-3 * pillow])
+    run = blockdct.pipeline(0, full=True)
+    assert run.verdict == expected and run.figures == pytest.approx({"simplejpeg": simplejpeg, "Pillow": pillow})
+    assert f"simplejpeg {simplejpeg:.2f} ms" in run.found and f"Pillow {pillow:.2f} ms" in run.found
+    assert f"{min(simplejpeg, pillow):.2f} times as fast as the faster" in run.found
+
+
+def test_decoders_give_the_same_input():
+    pytest.importorskip("PIL", reason="needs Pillow; run: pip install pillow")
+    pytest.importorskip("simplejpeg", reason="needs simplejpeg; run: pip install simplejpeg")
+    torch.manual_seed(0)
+    (file,) = blockdct._files(1)
+    one, other = blockdct._pixels(file), blockdct._pixels_by_simplejpeg(file)
+    assert one.shape == other.shape == (3, 224, 224)
+    assert (one - other).abs().max() <= 3 / 64  # their upsampling of chroma and rounding may differ
 
 
 def test_seeds_are_0_to_4_or_0_alone():
@@ -204,11 +272,79 @@ def test_quick_and_full_exclude_each_other(capsys):
     assert "not allowed with" in capsys.readouterr().err
 
 
-def test_write_asks_for_its_folder_first(capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("none/x.json", "there is no folder"),
+        (".", "is no file that could be written anew"),
+        ("/dev/null", "is no file that could be written anew"),
+        ("/proc/x.json", "/proc/x.json cannot be written"),
+    ],
+)
+def test_write_asks_for_its_place_first(target, message, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "run_claim", lambda *_: pytest.fail("it ran"))
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
-        command.main(["--write", str(tmp_path / "none" / "x.json")])
-    assert "there is no folder" in capsys.readouterr().err
+        command.main(["--write", target])
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_write_asks_for_a_folder_that_lets_it(capsys, tmp_path, monkeypatch):
+    """Whoever may write everywhere cannot be refused, so a refusal stands in."""
+    monkeypatch.setattr(command, "run_claim", lambda *_: pytest.fail("it ran"))
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--write", str(tmp_path / "x.json")])
+    assert "x.json cannot be written (Permission denied)" in capsys.readouterr().err
+
+
+def test_a_page_that_cannot_be_written_is_said(stored, capsys):
+    for target in ("/proc/x.md", str(stored.parent)):
+        with pytest.raises(SystemExit, match="2"):
+            command.main(["--render", str(stored), "--write", target])
+        assert target in capsys.readouterr().err
+
+
+def test_a_reader_may_have_enough():
+    """As `| head -n 1` has."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "fourfold.reproduce", "--list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()  # before the first line
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + 13
+
+
+def test_the_processor_has_family_and_model(monkeypatch):
+    shown = {
+        "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n\nprocessor\t: 1\nmodel\t\t: 18\n":
+            "AMD EPYC family 25 model 17",
+        "processor\t: 0\nCPU part\t: 0xd4f\n": "0xd4f",
+        "": _run.platform.machine(),
+    }  # fmt: skip
+    for text, name in shown.items():
+        monkeypatch.setattr(Path, "read_text", lambda _, text=text: text)
+        assert _run.processor() == name
+
+
+def test_a_record_without_family_and_model_goes_on(tmp_path, capsys, monkeypatch):
+    """And is left to say of its machine what it said."""
+    path = tmp_path / "x.json"
+    monkeypatch.setattr(_run, "processor", lambda: "AMD EPYC")
+    assert command.main(["supsup.bytes", "--write", str(path)]) == 0
+    before = json.loads(path.read_text())["machine"]
+    monkeypatch.setattr(_run, "processor", lambda: "AMD EPYC family 25 model 17")
+    assert command.main(["maskmm.bytes", "--write", str(path)]) == 0
+    record = json.loads(path.read_text())
+    assert record["machine"] == before and before["cpu"] == "AMD EPYC" and len(record["claims"]) == 2
+    monkeypatch.setattr(_run, "processor", lambda: "AMD EPYC 9 family 25 model 17")
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["maskmm.bytes", "--write", str(path)])
+    assert "holds a run with machine" in capsys.readouterr().err
 
 
 def test_a_run_in_parts(tmp_path, capsys):
@@ -246,10 +382,10 @@ class Counted:
 def test_finished_seeds_are_not_run_again(tmp_path, capsys, monkeypatch):
     path, counted = tmp_path / "x.json", Counted(monkeypatch)
     counted.breaks_at = 2
-    with pytest.raises(KeyboardInterrupt):
-        command.main(["cca.x", "--full", "--write", str(path)])
+    assert command.main(["cca.x", "--full", "--write", str(path)]) == 130
+    assert capsys.readouterr().err == f"stopped; 2 of 5 seeds of cca.x are kept in {path}, and the same command goes on\n"
     result = json.loads(path.read_text())["claims"]["cca.x"]
-    assert [run["seed"] for run in result["runs"]] == [0, 1] and result["verdict"] == UNFINISHED
+    assert [run["seed"] for run in result["runs"]] == [0, 1] and result["verdict"] == LOST
     counted.breaks_at = -1
     assert command.main(["cca.x", "--full", "--seeds", "3,4", "--write", str(path)]) == 0
     assert "4 of 5 seeds so far" in capsys.readouterr().out
@@ -263,6 +399,33 @@ def test_finished_seeds_are_not_run_again(tmp_path, capsys, monkeypatch):
     assert command.main(["cca.x", "--full", "--again", "--seeds", "0", "--write", str(path)]) == 0
     assert counted.ran[5:] == [0] and len(json.loads(path.read_text())["claims"]["cca.x"]["runs"]) == 1
     assert [one.name for one in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_stopping_says_what_is_kept(capsys, tmp_path, monkeypatch):
+    path, counted = tmp_path / "x.json", Counted(monkeypatch)
+    counted.breaks_at = 1
+    assert command.main(["cca.x", "--full"]) == 130
+    assert capsys.readouterr().err.startswith("stopped; nothing is kept: --write FILE would")
+    for more, seeds in ((["--seeds", "3"], 1), ([], 2), (["--again"], 1)):
+        command.main(["cca.x", "--full", "--write", str(path), *more])
+        held = len(json.loads(path.read_text())["claims"]["cca.x"]["runs"])
+        err = capsys.readouterr().err
+        assert held == seeds and ("--seeds" in more or f"stopped; {held} of 5 seeds of cca.x are kept in {path}, and" in err)
+        assert ("without --again the same command goes on" in err) == ("--again" in more)
+    assert [one.name for one in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_broken_write_leaves_the_old_file(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "x.json"
+    assert command.main(["supsup.bytes", "--write", str(path)]) == 0
+    before = path.read_text()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_run.os, "replace", interrupt)
+    assert command.main(["supsup.bytes", "--again", "--write", str(path)]) == 130
+    assert [one.name for one in tmp_path.iterdir()] == ["x.json"] and path.read_text() == before
 
 
 def test_seeds_of_another_criterion_are_not_mixed_in(tmp_path, capsys, monkeypatch):
@@ -408,8 +571,12 @@ def test_the_page_names_what_did_not_hold_and_seeds_still_to_run(tmp_path, monke
     for seeds in ("0,3", "1,2,4"):
         assert command.main(["cca.x", "--full", "--seeds", seeds, "--write", str(path)]) == 0
         page = _render.page(_render.load(path))
-        assert ("**unfinished** (seeds 0, 3; still to be run: 1, 2, 4; " in page) == (seeds == "0,3")
-        assert ("- [`cca.x`](#ccax), partly: c. 4 of 5" in page) == (seeds != "0,3")
+        first = seeds == "0,3"
+        assert (f"**{LOST}** (seeds 0, 3; still to be run: 1, 2, 4; " in page) == first
+        assert (f"- [`cca.x`](#ccax), {LOST}: c. 2 of 5" in page) == first
+        assert ("- [`cca.x`](#ccax), partly: c. 4 of 5" in page) == (not first)
+        assert (f"Of the others 1 {LOST} and " in page) == first
+        assert "[`cca.x`](#ccax). This page says nothing" not in page  # it does
     assert "value 2 (0 to 4)" in page and counted.ran == [0, 3, 1, 2, 4]
 
 
@@ -420,8 +587,40 @@ def test_verdicts_are_what_the_seeds_give(stored, capsys):
     with pytest.raises(SystemExit, match="2"):
         command.main(["--render", str(stored)])
     assert "what its seeds do not give" in capsys.readouterr().err
-    assert command.main(["supsup.bytes", "--write", str(stored)]) == 0
-    assert json.loads(stored.read_text())["claims"]["supsup.bytes"]["verdict"] == PARTLY
+    for name in ("supsup.bytes", "maskmm.bytes"):  # itself, or any other: all that the file holds are judged anew
+        stored.write_text(json.dumps(record))
+        assert command.main([name, "--write", str(stored)]) == 0
+        assert json.loads(stored.read_text())["claims"]["supsup.bytes"]["verdict"] == PARTLY
+
+
+def test_the_page_begins_with_what_is_not_known_yet_and_what_verdicts_mean(stored):
+    page = _render.page(_render.load(stored))
+    intro, meanings = page.split("\n\n")[2:4]
+    every = _registry.every_claim()
+    waiting = [name for name, claim in every.items() if claim.run is not None and name != "supsup.bytes"]
+    offline = len(every) - len(waiting) - 1
+    assert f"Of {len(every)} claims **{len(waiting)} not yet run**: " in intro
+    assert f"Of the others 1 partly and {offline} not testable offline." in intro
+    assert all(f"[`{name}`](#{_render._anchor(name)})" in intro for name in waiting)
+    for verdict in (*_registry.VERDICTS, _render.NOT_YET):
+        assert verdict in meanings
+    verdicts = {"cca.a": NOT, "cca.b": LOST, "coordconv.150x": _render.NOT_YET, "coordconv.uniform": UNFINISHED}
+    assert _render._standing(verdicts) == (
+        "Of 4 claims **1 not yet run and 1 unfinished, above all CoordConv's trainings**: [`coordconv.150x`](#coordconv150x), "
+        "[`coordconv.uniform`](#coordconvuniform). This page says nothing on whether these hold. Of the others 1 not "
+        f"reproduced and 1 {LOST}."
+    )
+    assert "trainings" not in _render._standing(dict.fromkeys(["coordconv.150x", "cca.a"], _render.NOT_YET))
+    assert every.keys() >= _render.TRAININGS
+    assert _render._standing({"cca.d": NOT}) == "Of 1 claims 1 not reproduced."
+
+
+def test_partly_is_defined_wherever_it_was_given():
+    record = _render.load(DOCS / "claims.json")
+    every = _registry.every_claim()
+    for name, result in record["claims"].items():
+        if PARTLY in {result["verdict"], *(run["verdict"] for run in result["runs"])}:
+            assert every[name].partly or "partly" in every[name].criterion, name
 
 
 def test_the_documentation_shows_the_stored_run():

@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import os
+import signal
 import sys
 import textwrap
 import time
@@ -12,7 +14,7 @@ from typing import Any
 from .._progress import progress_bar
 from . import _render
 from ._registry import FAMILIES, SEEDS, Claim, choose
-from ._run import Record, continued, lacking, new_record, run_claim, runs_of, store, tally
+from ._run import Record, check_target, continued, lacking, new_record, run_claim, runs_of, store, tally
 
 
 def seeds_of(text: str) -> list[int]:
@@ -25,7 +27,7 @@ def seeds_of(text: str) -> list[int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs what the arguments name. Returns 0; 1 if a claim could not be run because a package is missing."""
+    """Runs what the arguments name. Returns 0; 1 if a claim could not be run because a package is missing; 130 at Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m fourfold.reproduce", description=__doc__, allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="name", help="claims, families, or globs such as 'cca.*'; all by default")
     parser.add_argument("--list", action="store_true", help="list the claims and stop")
@@ -58,12 +60,11 @@ def main(arguments: list[str] | None = None) -> int:
             return render(chosen.render, chosen.write)
         record = new_record(chosen.full)
         if chosen.write:  # before the hours, not after them
-            if not chosen.write.parent.is_dir():
-                raise ValueError(f"reproduce: there is no folder {chosen.write.parent} to write to")
+            check_target(chosen.write)
             record = continued(record, chosen.write, claims, chosen.again)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, PermissionError, IsADirectoryError) as error:
         parser.error(str(error))
-    return run(claims, record, chosen.write, chosen.seeds)
+    return run(claims, record, chosen.write, chosen.seeds, chosen.again)
 
 
 def render(source: Path, target: Path | None) -> int:
@@ -85,39 +86,57 @@ def bar_of(seeds: int) -> Any:
     return bar
 
 
-def run(claims: list[Claim], record: Record, target: Path | None, seeds: list[int] | None = None) -> int:
+def stopped(claim: Claim | None, kept: int, full: bool, target: Path | None, again: bool) -> str:
+    """What is left of a run that was stopped at this claim, and how it goes on."""
+    if target is None:
+        return "stopped; nothing is kept: --write FILE would keep each seed that ends, and go on after them"
+    seeds = "no seed" if claim is None else f"{kept} of {len(claim.seeds(full))} seeds of {claim.name}"
+    how = "without --again the same command goes on with what it holds" if again else "the same command goes on"
+    return f"stopped; {seeds} {'is' if claim is None else 'are'} kept in {target}, and {how}"
+
+
+def run(claims: list[Claim], record: Record, target: Path | None, seeds: list[int] | None = None, again: bool = False) -> int:
     """Runs, prints, and stores if there is a target."""
     full, given, missing, start = record["mode"] == "full", [], 0, time.perf_counter()
     bar = bar_of(sum(len(claim.seeds(full)) for claim in claims))
     say: Callable[[str], object] = bar.write if bar is not None else lambda line: print(line, flush=True)
-    with bar if bar is not None else contextlib.nullcontext():
-        family, before = "", 0
-        for claim in claims:
-            if claim.family != family:
-                family = claim.family
-                say(f"\n{FAMILIES[family]}")
-            if remedy := lacking(claim):
-                missing += 1
-                before += len(claim.seeds(full))
-                say(f"  {'NOT RUN':<21} {claim.name}: {remedy}")
-                continue
+    at, kept = None, 0  # the claim that runs, and its seeds that ended
+    try:
+        with bar if bar is not None else contextlib.nullcontext():
+            family, before = "", 0
+            for claim in claims:
+                if claim.family != family:
+                    family = claim.family
+                    say(f"\n{FAMILIES[family]}")
+                if remedy := lacking(claim):
+                    missing += 1
+                    before += len(claim.seeds(full))
+                    say(f"  {'NOT RUN':<21} {claim.name}: {remedy}")
+                    continue
 
-            def tell(done: float, before: int = before) -> None:
+                def tell(done: float, before: int = before) -> None:
+                    if bar is not None:
+                        bar.update(before + done - bar.n)
+
+                def keep(result: Record, name: str = claim.name) -> None:
+                    nonlocal kept
+                    if target:  # after each seed: hours of work survive what comes then
+                        store(record, target, name, result)
+                    kept = len(result["runs"])
+
                 if bar is not None:
-                    bar.update(before + done - bar.n)
-
-            def keep(result: Record, name: str = claim.name) -> None:
-                if target:  # after each seed: hours of work survive what comes then
-                    store(record, target, name, result)
-
-            if bar is not None:
-                bar.set_description(claim.name)
-            result = run_claim(claim, full, runs_of(record["claims"].get(claim.name, {})), seeds, keep, tell)
-            if claim.run is not None:
-                keep(result)
-            before += len(claim.seeds(full))
-            given.append(result["verdict"])
-            say(line(claim, result, full))
+                    bar.set_description(claim.name)
+                earlier = runs_of(record["claims"].get(claim.name, {}))
+                at, kept = claim, len(earlier)
+                result = run_claim(claim, full, earlier, seeds, keep, tell)
+                if claim.run is not None:
+                    keep(result)
+                before += len(claim.seeds(full))
+                given.append(result["verdict"])
+                say(line(claim, result, full))
+    except KeyboardInterrupt:
+        print(stopped(at, kept, full, target, again), file=sys.stderr)
+        return 130
     said = ", ".join(f"{count} {verdict}" for verdict, count in tally(given).items())
     how = "criteria over seeds 0 to 4" if full else "quick: one seed each, an indication; --full decides"
     print(f"\n{said}; {time.perf_counter() - start:.0f} s ({how})")
@@ -135,5 +154,20 @@ def line(claim: Claim, result: Record, full: bool) -> str:
     return head + "\n" + textwrap.fill(result["found"], 124, initial_indent=" " * 24, subsequent_indent=" " * 24)
 
 
+def console() -> int:
+    """What the shell calls: a reader that has seen enough (`| head`), and Ctrl-C at any time, end it without a traceback."""
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console())

@@ -1,6 +1,7 @@
 """What a claim is, and the list of all of them."""
 
 import contextlib
+import difflib
 import fnmatch
 import importlib
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,8 @@ FAMILIES = {
 
 REPRODUCED, PARTLY, NOT, OFFLINE = "reproduced", "partly", "not reproduced", "not testable offline"
 UNFINISHED = "unfinished"  # some of its seeds are still to be run
-VERDICTS = (REPRODUCED, PARTLY, NOT, UNFINISHED, OFFLINE)
+LOST = "unfinished, can no longer be reproduced"  # whatever these seeds give
+VERDICTS = (REPRODUCED, PARTLY, NOT, LOST, UNFINISHED, OFFLINE)
 SEEDS = range(5)
 
 _listeners: list[Callable[[float], object]] = []
@@ -72,7 +74,8 @@ class Claim:
     run: (seed, full) -> Run; None if it cannot be tested without downloads, and `criterion` then says why.
     seeded: False if no seed plays a part, so that one run is enough. negative: it says where the method does not help.
     at_least: how many of the five seeds must reproduce it. over_seeds: instead of counting seeds, a verdict and a sentence on
-    all runs together. needs: optional packages, as imported, and "libjpeg".
+    all runs together. needs: optional packages, as imported, and "libjpeg". partly: the weaker criterion of that verdict, where
+    `criterion` does not state it.
     """
 
     name: str
@@ -86,6 +89,7 @@ class Claim:
     at_least: int = len(SEEDS)
     over_seeds: Callable[[list[Run]], tuple[str, str]] | None = None
     needs: tuple[str, ...] = ()
+    partly: str = ""
 
     def seeds(self, full: bool) -> list[int]:
         """Never chosen: 0 to 4, or 0 alone."""
@@ -93,8 +97,13 @@ class Claim:
             return []
         return list(SEEDS) if full and self.seeded else [0]
 
+    def lost(self, runs: list[Run]) -> bool:
+        """Whether these of the five seeds leave too few to reproduce it. Never known of what all give together."""
+        missed = sum(run.verdict != REPRODUCED for run in runs)
+        return self.over_seeds is None and missed > len(SEEDS) - self.at_least
+
     def judge(self, runs: list[Run]) -> tuple[str, str]:
-        """The verdict on all runs, and a sentence on them."""
+        """The verdict on all runs, and a sentence on them. One seed that came near does not make up for most that did not."""
         if self.run is None:
             return OFFLINE, self.criterion
         if self.over_seeds:
@@ -104,7 +113,8 @@ class Claim:
         # The same share of fewer seeds, rounded up.
         if held >= -(-self.at_least * len(runs) // len(SEEDS)):
             return REPRODUCED, found
-        return (NOT if all(run.verdict == NOT for run in runs) else PARTLY), found
+        near = sum(run.verdict != NOT for run in runs)
+        return (PARTLY if near > len(runs) / 2 else NOT), found
 
 
 _claims: dict[str, Claim] = {}
@@ -136,7 +146,8 @@ def every_claim() -> dict[str, Claim]:
     """All claims by name, in the order of families and of their modules."""
     for family in FAMILIES:
         importlib.import_module(f"{__package__}.{family}")
-    return dict(_claims)
+    order = list(FAMILIES)  # whichever was imported first
+    return dict(sorted(_claims.items(), key=lambda item: order.index(item[1].family)))
 
 
 def choose(names: Iterable[str]) -> list[Claim]:
@@ -148,9 +159,21 @@ def choose(names: Iterable[str]) -> list[Claim]:
     for name in wanted:
         found = [key for key, one in every.items() if name == one.family or fnmatch.fnmatchcase(key, name)]
         if not found:
-            raise ValueError(f"reproduce: no claim or family is named {name!r}; --list shows them")
+            meant = near(name, [*FAMILIES, *every])
+            raise ValueError(
+                f"reproduce: no claim or family is named {name!r}; "
+                + (f"did you mean {' or '.join(meant)}? --list shows all" if meant else "--list shows them")
+            )
         chosen.update(found)
     return [one for key, one in every.items() if key in chosen]
+
+
+def near(name: str, known: list[str]) -> list[str]:
+    """Up to three of the known names that may have been meant: they have it in them, or are like it with or without family."""
+    inside = [one for one in known if name and name.lower() in one]
+    ends = {one.partition(".")[2] or one: one for one in known}
+    like = difflib.get_close_matches(name.lower(), known) + [ends[end] for end in difflib.get_close_matches(name.lower(), ends)]
+    return list(dict.fromkeys(inside + like))[:3]
 
 
 def verdict(passed: bool, partly: bool = False) -> str:

@@ -16,22 +16,29 @@ import torch
 import fourfold as ff
 from fourfold import _load
 
-from ._registry import UNFINISHED, VERDICTS, Claim, Run, every_claim, listening
+from ._registry import LOST, REPRODUCED, UNFINISHED, VERDICTS, Claim, Run, every_claim, listening
 
 SCHEMA = 2
 # Optional ones, as imported and as pip names them.
-PACKAGES = {"sklearn": "scikit-learn", "PIL": "pillow", "tqdm": "tqdm", "threadpoolctl": "threadpoolctl"}
+PACKAGES = {
+    "sklearn": "scikit-learn",
+    "PIL": "pillow",
+    "simplejpeg": "simplejpeg",
+    "tqdm": "tqdm",
+    "threadpoolctl": "threadpoolctl",
+}
 
 Record = dict[str, Any]
 
 
 def processor() -> str:
-    """The processor's name, as Linux has it."""
+    """The processor's name, as Linux has it, with family and model where it has these; names alone may say little."""
+    fields: dict[str, str] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         key, _, value = line.partition(":")
-        if key.strip() in {"model name", "CPU part"}:
-            return value.strip()
-    return platform.machine()
+        fields.setdefault(key.strip(), value.strip())  # of the first core
+    name = fields.get("model name") or fields.get("CPU part") or platform.machine()
+    return f"{name} family {fields['cpu family']} model {fields['model']}" if {"cpu family", "model"} <= fields.keys() else name
 
 
 def today() -> str:
@@ -70,8 +77,32 @@ def read_record(path: Path) -> Record:
     return record
 
 
+def check_target(path: Path) -> None:
+    """A ValueError unless :func:`store` can write there, which hours of work would otherwise find out."""
+    if not path.parent.is_dir():
+        raise ValueError(f"reproduce: there is no folder {path.parent} to write to")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"reproduce: {path} is no file that could be written anew; name another file")
+    trial = _beside(path)
+    try:
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise ValueError(f"reproduce: {path} cannot be written ({error.strerror}); name another file") from None
+
+
+def _beside(path: Path) -> Path:
+    """Where what is to replace the file is written."""
+    return path.with_name(path.name + ".new")
+
+
+def _same_machine(earlier: Record, now: Record) -> bool:
+    """Records once had the processor's name without family and model."""
+    return earlier == now or earlier == now | {"cpu": now["cpu"].partition(" family ")[0]}
+
+
 def continued(record: Record, path: Path, claims: Iterable[Claim] = (), again: bool = False) -> Record:
-    """The record, with the seeds that an earlier run left in that file: hours of work may be done in parts.
+    """The record, with the seeds that an earlier run left in that file, judged anew: hours of work may be done in parts.
 
     A ValueError if that run was of the other mode, or of another machine, torch or fourfold, whose numbers belong into another
     file; or if one of these claims had another criterion then. again: without what it left of these claims.
@@ -79,10 +110,14 @@ def continued(record: Record, path: Path, claims: Iterable[Claim] = (), again: b
     if not path.exists():
         return record
     earlier = read_record(path)
-    for key in ("mode", "machine"):
-        if earlier[key] != record[key]:
+    for key, same in (
+        ("mode", earlier["mode"] == record["mode"]),
+        ("machine", _same_machine(earlier["machine"], record["machine"])),
+    ):
+        if not same:
             raise ValueError(f"reproduce: {path} holds a run with {key} {earlier[key]}, not {record[key]}; name another file")
-    if gone := set(earlier["claims"]) - set(every_claim()):
+    every = every_claim()
+    if gone := set(earlier["claims"]) - set(every):
         raise ValueError(f"reproduce: {path} has a claim {min(gone)} that is no more; take it out, or name another file")
     for claim in claims:
         if again:
@@ -91,7 +126,10 @@ def continued(record: Record, path: Path, claims: Iterable[Claim] = (), again: b
             raise ValueError(
                 f"reproduce: the criterion of {claim.name} has changed since {path} was made; --again runs its seeds anew"
             )
-    return record | {"claims": earlier["claims"]}
+    for name, result in earlier["claims"].items():
+        if result["criterion"] == every[name].criterion:
+            earlier["claims"][name] = result_of(every[name], record["mode"] == "full", runs_of(result))
+    return record | {"machine": earlier["machine"], "claims": earlier["claims"]}
 
 
 def store(record: Record, path: Path, name: str, result: Record) -> None:
@@ -99,9 +137,12 @@ def store(record: Record, path: Path, name: str, result: Record) -> None:
     held = continued(record | {"claims": {}}, path)
     claims = held["claims"] | {name: result}
     held["claims"] = {name: claims[name] for name in every_claim() if name in claims}
-    whole = path.with_name(path.name + ".new")
-    whole.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(whole, path)
+    whole = _beside(path)
+    try:
+        whole.write_text(json.dumps(held, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(whole, path)
+    finally:
+        whole.unlink(missing_ok=True)
 
 
 def lacking(claim: Claim) -> str:
@@ -124,7 +165,11 @@ def result_of(claim: Claim, full: bool, runs: list[Run]) -> Record:
     if len(runs) == len(seeds):
         verdict, found = claim.judge(runs)
     elif runs:
-        verdict, found = UNFINISHED, f"{len(runs)} of {len(seeds)} seeds so far; seed {runs[0].seed}: {runs[0].found}"
+        verdict, so_far = UNFINISHED, f"{len(runs)} of {len(seeds)} seeds so far"
+        if claim.lost(runs):
+            held = sum(run.verdict == REPRODUCED for run in runs)
+            verdict, so_far = LOST, f"{so_far}, {held} of them as claimed, where {claim.at_least} have to be"
+        found = f"{so_far}; seed {runs[0].seed}: {runs[0].found}"
     else:
         verdict, found = UNFINISHED, "no seed so far"
     return {

@@ -85,6 +85,7 @@ def _bottom_up(runs: list[Run]) -> tuple[str, str]:
     criterion="a convolutional network on digits: SVCCA of a layer with its trained self comes to stay above 0.9 in order of "
     "depth for more than half of the adjacent pairs, all seeds together; the classifier is left out, as in the "
     "paper",
+    partly="in that order for more than half of the pairs by the step at which a layer has gone half of its own way",
     over_seeds=_bottom_up,
     needs=("sklearn",),
 )
@@ -117,6 +118,7 @@ def _freezing(runs: list[Run]) -> tuple[str, str]:
     claim="layer i of L may be frozen after a fraction i/L of the training: as accurate, and less to compute",
     source=f"{SOURCE}, section 4.1",
     criterion="a convolutional network on digits loses at most 0.5 points, and backward takes less time; means of all seeds",
+    partly="at most 1 point",
     over_seeds=_freezing,
     needs=("sklearn",),
 )
@@ -164,6 +166,7 @@ def _train_freezing(net: nn.Module, images: torch.Tensor, labels: torch.Tensor, 
     source="github.com/google/svcca, as described there",
     criterion="every rho within 1e-5 of the authors' algorithm in NumPy, and less time on as many threads, for 10,000 samples: "
     "two layers of 512 neurons; two of 4096; and all pairs of eight layers of 256, by their mean rho. Quick: 512 alone",
+    partly="every rho that close, but not less time each time",
     seeded=False,
     needs=("threadpoolctl",),
 )

@@ -32,6 +32,7 @@ def _net(seed: int, build: Any, train: Any, *data: Tensor, epochs: int) -> Any:
     source=f"{SOURCE}: 86% on MNIST",
     criterion="untrained 64-300-100-10 on digits, half of the weights kept: large_final_same_sign at least 60% and above "
     "large_final, which is above random, which is near chance (below 20%); every seed",
+    partly="large_final_same_sign at least 60% and above random",
     needs=("sklearn",),
 )
 def criteria(seed: int, full: bool) -> Run:
@@ -95,6 +96,7 @@ def _ablated(runs: list[Run]) -> tuple[str, str]:
     claim="a learned mask needs both: rescaling, and weights of one magnitude",
     source=f"{SOURCE}: 95.3% on MNIST without, 98.0% with both",
     criterion="leaving out either lowers the accuracy on digits; means of all seeds",
+    partly="leaving out one of the two does",
     over_seeds=_ablated,
     needs=("sklearn",),
 )
@@ -136,6 +138,7 @@ def _zeroed(runs: list[Run]) -> tuple[str, str]:
     criterion="digits, large_final tickets: a fifth of the weights pruned per round, a tenth in the last layer, the others "
     "back to their first values; zero is better after 8, 12 and 16 rounds (17%, 7% and 3% kept); means of all "
     "seeds",
+    partly="zero is better after one or two of the three",
     over_seeds=_zeroed,
     needs=("sklearn",),
 )
@@ -177,6 +180,7 @@ def zero_action(seed: int, full: bool) -> Run:
     claim="a mask takes one bit per weight: the network 784-300-100-10 takes 33,275 bytes, a thirty-second of its weights",
     source="266,200 weights of the paper's network, divided by 8",
     criterion="the packed masks take 33,275 bytes, 32 times less than float32 weights",
+    partly="at least 28 times less",
     seeded=False,
 )
 def size(seed: int, full: bool) -> Run:
@@ -209,6 +213,7 @@ def _kept(forward: Callable[[], Tensor], given: list[Tensor]) -> int:
     source="no paper's; the product is what their code makes",
     criterion="three linear layers, 784-300-100-10, 64 samples: beside inputs, weights and results, masked_linear keeps at "
     "most a sixteenth of what F.linear(x, weight * mask) keeps",
+    partly="less, but more than a sixteenth",
     seeded=False,
 )
 def memory(seed: int, full: bool) -> Run:
@@ -233,6 +238,7 @@ SPARSE = ("bitmap", "csr16", "slab")
     source="no paper's: theirs multiply dense matrices; masks of their accuracies keep 0.6% to 93% of the weights",
     criterion="2048 x 2048, float32: with a tenth of the weights kept, sparse_linear takes less time than F.linear for 1, 16 "
     "and 256 rows of x. Reported: up to which density that holds, of 2%, 5%, 10%, 20%, 30%, 50%, 70% and 90%",
+    partly="for one or two of these",
     seeded=False,
 )
 def crossover(seed: int, full: bool) -> Run:
