@@ -49,7 +49,7 @@ def performance(page: str) -> str:
         return " | ".join([f"| `{op}`", *case, quoted(of_rivals[OURS]), *beside]) + " |"
 
     return re.sub(
-        r"^\| `(\w+)` \| ([^|]*) \| (fresh|heap|out) \| (\d+) \| [^|]* \|(?: (\w+) [^|]* \|)?$", row, page, flags=re.M
+        r"^\| `(\w+)` \| ([^|]*) \| (fresh|heap|out) \| (\d+) \| [^|]* \|(?: ([\w.]+) [^|]* \|)?$", row, page, flags=re.M
     )
 
 
