@@ -1,5 +1,6 @@
 """What `make gpu-check` runs, here on a CPU: it ends, tells what is wrong, and fills the ledger."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -37,6 +38,30 @@ def test_runs_to_the_end(tmp_path):
     assert all(row["reason"] for row in rows if row["status"] == "skipped")
     assert any(row["kind"] == "correct" and row["status"] == "ok" for row in rows)
     assert result.stdout.splitlines()[-1].startswith(f"{len(rows)} rows, 0 wrong")
+
+
+@pytest.mark.parametrize("finds", [False, True])
+def test_sanitizer(tmp_path, monkeypatch, finds):
+    """Every tool sees the program; what one finds makes the whole run fail."""
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        f"#!/bin/sh\necho $2 $PYTORCH_NO_CUDA_MEMORY_CACHING $6 $7 >> {tmp_path}/calls\n"
+        f"[ $2 = racecheck ] && exit {check.FOUND_SOMETHING if finds else 0}\nexit 0\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(sys, "argv", ["check.py", "--sanitizer", "--device", "cpu", "--output", str(tmp_path / "out")])
+    assert check.main() == int(finds)
+    verdicts = json.loads((tmp_path / "out/sanitizer.json").read_text())
+    assert verdicts == {"memcheck": "clean", "racecheck": "errors, printed above" if finds else "clean"}
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls == [f"{name} 1 {CHECK} --first-checks" for name in ("memcheck", "racecheck")]
+
+
+def test_sanitizer_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="needs compute-sanitizer"):
+        check.sanitize(CPU, tmp_path)
 
 
 def contest(device, small):
@@ -99,9 +124,7 @@ def test_ledger(tmp_path):
 
 def test_ledger_names_every_op():
     """docs/gpu.md has a row for each op that is checked."""
-    from gpu import cases_blockdct, cases_blockdct_rgb, cases_cca, cases_coordconv, cases_maskmm
-
     ledger = (CHECK.parents[2] / "docs/gpu.md").read_text()
-    for family in (cases_blockdct, cases_blockdct_rgb, cases_coordconv, cases_maskmm, cases_cca):
-        for op in {op for case in family.CHECKS for op in case.op.split(", ")}:
+    for family in check.FAMILIES:
+        for op in {op for case in importlib.import_module(f"gpu.cases_{family}").CHECKS for op in case.op.split(", ")}:
             assert f"| `{op}` |" in ledger

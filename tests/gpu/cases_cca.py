@@ -19,6 +19,7 @@ from gpu.harness import (
     needs_memory,
     placed,
     rotation,
+    second_gpu,
 )
 
 OPS = "_pack_samples, _add_wide_, _count_nonfinite, _gram_, _image_spectra, _spectra_gram_"
@@ -242,6 +243,12 @@ def captured(device):
     x.view(-1)[3] = 0
     graph.replay()
     assert_same(results, every_op(x))
+
+
+def second_device(device):
+    """Ops follow their tensors, whichever device is current."""
+    x = example(device)
+    assert_same([result.to(device) for result in every_op(x.to(second_gpu(device)))], every_op(x))
 
 
 def streamed(device):
@@ -473,6 +480,7 @@ CHECKS = [
     ),
     Check(OPS, "stream", streamed),
     Check(OPS, "CUDA graph", captured),
+    Check(OPS, "second device", second_device),
     Check(OPS, "no synchronisation", unsynchronised),
     Check(FUNCTIONS, "against a CPU", functions_match),
     *(

@@ -21,6 +21,7 @@ from gpu.harness import (
     needs_memory,
     placed,
     rotation,
+    second_gpu,
 )
 
 FUNCTIONS = "coord_conv1d, coord_conv2d, coord_conv3d, coord_conv_transpose2d"
@@ -297,6 +298,17 @@ def training_step(x, weights):
     return [y.detach(), *torch.autograd.grad(y, [x, *weights], y.detach())]
 
 
+def second_device(device):
+    """Ops follow their tensors, whichever device is current."""
+    second = second_gpu(device)
+    x, weights = example(device)
+    expected = training_step(x, weights)
+    there = training_step(x.detach().to(second).requires_grad_(), [w.detach().to(second).requires_grad_() for w in weights])
+    assert all(result.device == second for result in there)
+    for result, right in zip(there, expected, strict=True):
+        assert_near(result.to(device), right, "on the second device", 1e-4)
+
+
 def captured(device):
     """A CUDA graph that holds a training step gives the right results when it is replayed on new data."""
     needs_gpu(device)
@@ -440,6 +452,7 @@ CHECKS = [
     ),
     Check(f"{OPS}, coord_conv2d", "stream", streamed),
     Check(f"{OPS}, coord_conv2d", "CUDA graph", captured),
+    Check(f"{OPS}, coord_conv2d", "second device", second_device),
     Check(f"{OPS}, coord_conv2d", "no synchronisation", unsynchronised),
     Check("coord_conv2d", "torch.compile", compiled),
     *(

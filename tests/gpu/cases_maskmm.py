@@ -8,7 +8,7 @@ import fourfold as ff
 import torch
 import torch.nn.functional as F
 from fourfold.reference import maskmm as reference
-from gpu.harness import DTYPES, Check, Contest, Speed, assert_close, needs_gpu, needs_memory, rotation
+from gpu.harness import DTYPES, Check, Contest, Speed, assert_close, needs_gpu, needs_memory, rotation, second_gpu
 
 MASKS = "pack_mask, unpack_mask, bernoulli_mask, threshold_mask"
 SPARSE = "_mask_starts, _mask_columns, _gather_mask, _scatter_mask, _sparse_linear, _sparse_linear_transposed, sddmm"
@@ -435,6 +435,17 @@ def every_op(device):
     ]
 
 
+def second_device(device):
+    """Ops follow their tensors, whichever device is current."""
+    second = second_gpu(device)
+    assert all(result.device == second for result in every_op(second))
+    tensors = [t.detach() for t in example(device)]
+    here, there = (
+        ff.supermask_linear(*(t.to(where) for t in tensors), sampler="topk", density=0.3) for where in (device, second)
+    )
+    assert_near([there.cpu()], [here.cpu()], "on the second device")
+
+
 def unsynchronised(device):
     """No op waits for the device."""
     needs_gpu(device)
@@ -560,6 +571,7 @@ CHECKS = [
     Check("supermask_linear", "stream", streamed),
     Check("supermask_linear", "CUDA graph", captured),
     Check("supermask_linear", "torch.compile", compiled),
+    Check("supermask_linear", "second device", second_device),
     Check(
         f"{MASKS}, topk_mask, _apply_mask, _mask_gradients, _masked_linear, _masked_linear_backward, {SPARSE}, {SUPERPOSED}",
         "no synchronisation",
@@ -614,6 +626,29 @@ def sampler_contest(sampler, size, device, small):
     return Contest(copies(scores, moved), moved, lambda s: ops.bernoulli_mask(s, seed, 0), rivals, 255.0)
 
 
+def bits_contest(op, size, device, small):
+    """Bools to bits and back, and scores to bits; plain torch's best for each."""
+    n = side_of(size, small)
+    ops, mask = torch.ops.fourfold, torch.rand(n, n, device=device) < 0.5
+    powers = 2 ** torch.arange(8, dtype=torch.uint8, device=device)
+
+    def packed(mask):
+        return (mask.view(n, n // 8, 8) * powers).sum(2, dtype=torch.uint8)
+
+    if op == "pack_mask":
+        moved = mask.numel() + mask.numel() // 8
+        return Contest(copies(mask, moved), moved, ops.pack_mask, {"multiply and sum": packed}, 0.0)
+    if op == "unpack_mask":
+        bits = ops.pack_mask(mask)
+        moved = mask.numel() + bits.numel()
+        rivals = {"and": lambda b: (b[..., None] & powers).bool().view(n, n)}
+        return Contest(copies(bits, moved), moved, lambda b: ops.unpack_mask(b, n), rivals, 0.0)
+    scores = torch.randn(n, n, device=device)
+    moved = scores.numel() * 4 + scores.numel() // 8
+    rivals = {"compare, then multiply and sum": lambda s: packed(s >= 0)}
+    return Contest(copies(scores, moved), moved, lambda s: ops.threshold_mask(s, 0.0), rivals, 0.0)
+
+
 def apply_contest(size, dtype, device, small):
     n = side_of(size, small)
     weight, bits = torch.randn(n, n, device=device).to(dtype), bits_of_density(n, n, 0.5, device)
@@ -641,6 +676,41 @@ def gradients_contest(size, device, small):
         return g * mask, g * weight * (p * (1 - p))
 
     return Contest(copies(grad, moved), moved, ours, {"plain torch": plain}, 1e-4)
+
+
+def layer_contest(sampler, m, size, dtype, device, small):
+    """A supermask layer forward and backward, as it is trained, against the same layer without a mask (the floor)."""
+    n = side_of(size, small)
+    x = torch.randn(m, n, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(n, n, device=device) / n**0.5).to(dtype)
+    scores, grad = torch.randn(n, n, device=device), torch.randn(m, n, device=device).to(dtype)
+    seed = torch.zeros((), dtype=torch.int64, device=device)
+    options = {"density": 0.5} if sampler == "topk" else {"seed": seed}
+    copied = [scores, scores.clone()]
+
+    def ours(s):
+        s = s.detach().requires_grad_()
+        y = ff.supermask_linear(x, weight, s, sampler=sampler, **options)
+        return torch.autograd.grad(y, [x, s], grad)
+
+    def plain(s):
+        """The mask as a float matrix, of ours: other draws could not agree."""
+        s = s.detach().requires_grad_()
+        if sampler == "topk":
+            bits = torch.ops.fourfold.topk_mask(s.detach(), 0.5, True)
+            through = s.abs()
+        else:
+            bits = torch.ops.fourfold.bernoulli_mask(s.detach(), seed, 0)
+            through = s.sigmoid()
+        mask = torch.ops.fourfold.unpack_mask(bits, n).float() + (through - through.detach())
+        return torch.autograd.grad(F.linear(x, (weight * mask).to(dtype)), [x, s], grad)
+
+    def dense(s):
+        w = weight.detach().requires_grad_()
+        return torch.autograd.grad(F.linear(x, w), [x, w], grad)
+
+    tolerance = 2**-4 * n**0.5 if dtype != torch.float32 else 1e-3 * n**0.5
+    return Contest(copied, None, ours, {"float mask, made by ours": plain}, tolerance, floor={"dense layer": dense})
 
 
 def linear_contest(m, size, dtype, device, small):
@@ -768,6 +838,7 @@ SPEEDS = [
     speed("_mask_gradients", "float32 4096²", gradients_contest, 4096, hot=True),
     speed("_masked_linear", "bfloat16 4096² M=16", linear_contest, 16, 4096, BF16, hot=True),
     speed("_sparse_linear", "bfloat16 bitmap 8192² d=.5 M=1", sparse_contest, 1, 8192, 0.5, "bitmap", BF16, hot=True),
+    speed("supermask_linear", "bfloat16 4096² M=512, topk", layer_contest, "topk", 512, 4096, BF16, hot=True),
     speed("_superpose", "float32 1024² T=100", superposed_contest, False, 100, 1024, hot=True),
     speed("_masked_dots", "float32 1024² T=100", superposed_contest, True, 100, 1024, hot=True),
     speed("task_linear", "float32 1024² B=8", task_contest, 8, 1024, F32, hot=True),
@@ -779,7 +850,7 @@ SPEEDS = [
     ),
     *(
         speed("_sparse_linear", f"{name_of(dtype)} {f} 8192² d={d} M={m}", sparse_contest, m, 8192, d, f, dtype)
-        for dtype, d, f, m in itertools.product((BF16, F32), (0.5, 0.3, 0.1, 0.02), FORMATS[:2], (1, 8, 64))
+        for dtype, d, f, m in itertools.product((BF16, F32), (0.5, 0.3, 0.1, 0.02), FORMATS[:2], (1, 8, 16, 32, 64))
         if (dtype, d, f, m) != (BF16, 0.5, "bitmap", 1)
     ),
     *(
@@ -790,6 +861,12 @@ SPEEDS = [
     speed("_masked_dots", "float32 1024² T=2500", superposed_contest, True, 2500, 1024),
     speed("_superpose", "float32 1024² T=2500", superposed_contest, False, 2500, 1024),
     *(speed("task_linear", f"bfloat16 1024² B={b}", task_contest, b, 1024, BF16) for b in (8, 64, 256)),
+    *(
+        speed("supermask_linear", f"{name_of(dtype)} 4096² M={m}, {sampler}", layer_contest, sampler, m, 4096, dtype)
+        for dtype, m, sampler in itertools.product((BF16, F32), (64, 512), ("topk", "bernoulli"))
+        if (dtype, m, sampler) != (BF16, 512, "topk")
+    ),
+    *(speed(op, "4096²", bits_contest, op, 4096) for op in ("pack_mask", "unpack_mask", "threshold_mask")),
     speed("topk_mask", "float32 1024²", sampler_contest, "topk", 1024),
     speed("bernoulli_mask", "float32 1024²", sampler_contest, "bernoulli", 1024),
     speed("_apply_mask", "float32 4096²", apply_contest, 4096, F32),

@@ -1,6 +1,7 @@
 """Every op with a CUDA implementation, on a GPU: is it right, and how near does it come to the memory's bandwidth?
 
     check.py [--device cuda] [--budget 360] [--output build/gpu-check]     what `make gpu-check` runs
+    check.py --sanitizer                                                   the first checks under compute-sanitizer's tools
     check.py --device cpu                                                  the checks themselves, small, on any machine
     check.py --write docs/gpu.md [--output build/gpu-check]                fill the ledger from the results of a run
 
@@ -12,8 +13,10 @@ import argparse
 import datetime
 import importlib.util
 import json
+import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+FAMILIES = ("blockdct", "blockdct_rgb", "coordconv", "maskmm", "cca", "networks")  # each has a file cases_<family>.py
 OPTIONAL = {"triton": "dct_normalize, coordconv, most of maskmm, cca and torch.compile run in it"}
 
 
@@ -105,7 +109,7 @@ def check(run, case, device):
 
 def measure(run, case, device, small, bandwidth):
     import torch
-    from gpu.harness import seconds_per_call
+    from gpu.harness import Unavailable, peak_megabytes, seconds_per_call
 
     name = case.name + (" cut down" if small else "")
     if run.failed(case.op):
@@ -117,6 +121,8 @@ def measure(run, case, device, small, bandwidth):
         expected = [part.double() for part in parts(contest.ours(contest.inputs[0]))]
         ours = seconds_per_call(contest.ours, contest.inputs, graph=contest.graph)
         found["us"] = round(ours * 1e6, 1)
+        if contest.items:
+            found["per second"] = round(contest.items / ours, 1)
         crossing = None if small else contest.moved  # small: it is all in a cache
         found["share"] = crossing and round(crossing / ours / bandwidth, 3)
         for floor, call in contest.floor.items():
@@ -128,6 +134,11 @@ def measure(run, case, device, small, bandwidth):
                 found[f"times {rival}"] = round(seconds_per_call(call, contest.inputs, graph=contest.graph) / ours, 2)
             else:
                 problems.append(f"{rival} differs by {error:.3g}")
+        if contest.memory and device.type == "cuda":
+            for who, call in {"ours": contest.ours, **contest.rivals}.items():
+                found[f"MB {who}"] = round(peak_megabytes(call, contest.inputs[0]), 1)
+    except Unavailable as reason:
+        return run.add("speed", case.op, name, "skipped", reason=str(reason))
     except Exception as error:  # as in check: told, and the run fails
         problems.append(told(error))
     if device.type == "cuda":
@@ -137,11 +148,12 @@ def measure(run, case, device, small, bandwidth):
     return run.add("speed", case.op, name, "ok", **found)
 
 
-def everything(device, budget, output):
+def everything(device, budget, output, first_checks=False):
+    """All cases, or the checks alone that matter most."""
     import torch
-    from gpu import cases_blockdct, cases_blockdct_rgb, cases_cca, cases_coordconv, cases_maskmm, harness
+    from gpu import harness
 
-    families = (cases_blockdct, cases_blockdct_rgb, cases_coordconv, cases_maskmm, cases_cca)
+    families = [importlib.import_module(f"gpu.cases_{name}") for name in FAMILIES]
     small = device.type != "cuda"
     if not small and not torch.cuda.is_available():
         sys.exit("gpu-check needs a GPU that torch can use; run it with --device cpu to try the checks themselves")
@@ -152,6 +164,10 @@ def everything(device, budget, output):
     for package, use in OPTIONAL.items():
         if importlib.util.find_spec(package) is None:
             run.add("package", "", package, "skipped", reason=f"not installed; {use}")
+    if first_checks:
+        for case in (case for family in families for case in family.CHECKS if case.hot):
+            check(run, case, device)
+        return run.rows
     bandwidth = harness.copy_bandwidth(device, small)
     run.add("facts", "", "copy", "ok", GB_per_s=round(bandwidth / 1e9, 1))
 
@@ -168,6 +184,28 @@ def everything(device, budget, output):
                 elif case.hot == hot:
                     measure(run, case, device, small, bandwidth)
     return run.rows
+
+
+SANITIZERS = ("memcheck", "racecheck")
+FOUND_SOMETHING = 86  # an exit status of nothing else
+
+
+def sanitize(device, output):
+    """The first checks under each tool: {tool: what came of it}, in words. Slow: a tool takes minutes."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        sys.exit("--sanitizer needs compute-sanitizer, which comes with the CUDA toolkit, on the PATH")
+    verdicts = {}
+    for name in SANITIZERS:
+        command = [tool, "--tool", name, "--error-exitcode", str(FOUND_SOMETHING), sys.executable, __file__, "--first-checks"]
+        command += ["--device", device.type, "--output", output / name]
+        # Memory that torch keeps for later use would hide what is read beyond a tensor's end.
+        done = subprocess.run(command, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, check=False)
+        words = {0: "clean", FOUND_SOMETHING: "errors, printed above"}
+        verdicts[name] = words.get(done.returncode, f"ended with status {done.returncode}")
+        print(f"{name}: {verdicts[name]}", flush=True)
+    (output / "sanitizer.json").write_text(json.dumps(verdicts))
+    return verdicts
 
 
 def share_of(row):
@@ -222,6 +260,8 @@ def main():
         type=Path,
         help="run nothing: fill this ledger from the results in --output",
     )
+    parser.add_argument("--sanitizer", action="store_true", help="run the first checks under compute-sanitizer")
+    parser.add_argument("--first-checks", action="store_true", help="no speeds, and only the checks that matter most")
     given = parser.parse_args()
     if given.write:
         write_ledger(
@@ -233,7 +273,11 @@ def main():
     import torch
 
     warnings.simplefilter("ignore", UserWarning)
-    rows = everything(torch.device(given.device), given.budget, given.output)
+    device = torch.device(given.device)
+    if given.sanitizer:
+        given.output.mkdir(parents=True, exist_ok=True)
+        return 0 if set(sanitize(device, given.output).values()) == {"clean"} else 1
+    rows = everything(device, given.budget, given.output, given.first_checks)
     print(f"\n{'op':<16}{'correct?':<44}share of bandwidth")
     for op, (verdict, share) in summary(rows).items():
         print(f"{op:<16}{verdict:<44}{share}")

@@ -60,11 +60,20 @@ class Contest:
     tolerance: float
     floor: dict[str, Callable[[Tensor], Result]] = dataclasses.field(default_factory=dict)  # does less: ours can't beat it
     graph: bool = True  # False: calls wait for the device, so that no graph can hold them, and their launches count
+    items: int | None = None  # how many images a call takes in, where a rate says more than a time
+    memory: bool = False  # measure the peak of GPU memory, too
 
 
 def needs_gpu(device: torch.device) -> None:
     if device.type != "cuda":
         raise Unavailable("needs a GPU")
+
+
+def second_gpu(device: torch.device) -> torch.device:
+    needs_gpu(device)
+    if torch.cuda.device_count() < 2:
+        raise Unavailable("needs two GPUs")
+    return torch.device("cuda:1")
 
 
 def needs_memory(device: torch.device, size: int) -> None:
@@ -167,6 +176,16 @@ def seconds_per_call(call: Callable[[Tensor], Result], inputs: list[Tensor], rou
         end.synchronize()
         spans.append(start.elapsed_time(end) * 1e-3 / len(results))
     return statistics.median(spans[1:])
+
+
+def peak_megabytes(call: Callable[[Tensor], Result], x: Tensor) -> float:
+    """What one call needs on the GPU beyond what was there before, at its peak."""
+    torch.cuda.synchronize(x.device)
+    before = torch.cuda.memory_allocated(x.device)
+    torch.cuda.reset_peak_memory_stats(x.device)
+    call(x)
+    torch.cuda.synchronize(x.device)
+    return (torch.cuda.max_memory_allocated(x.device) - before) / 1e6
 
 
 def copy_bandwidth(device: torch.device, small: bool) -> float:
