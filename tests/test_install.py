@@ -206,3 +206,36 @@ def test_facts():
     if not torch.cuda.is_available():
         assert not ff.has_cuda()
         assert not ff.has_triton()
+
+
+PACK = """
+import sys, torch, fourfold as ff
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.coord, self.masked = ff.nn.CoordConv2d(64, 8, 1, activation="relu"), ff.nn.MaskedLinear(8, 5)
+
+    def forward(self, x):
+        return self.masked(self.coord(ff.block_dct(x)).mean((2, 3)))
+
+torch.manual_seed(0)
+net, x = Net().eval().requires_grad_(False), torch.rand(2, 1, 16, 16)
+torch._inductor.aoti_compile_and_package(torch.export.export(net, (x,)), package_path=sys.argv[1])
+torch.save((x, net(x)), sys.argv[2])
+"""
+
+RUN_PACKED = """
+import sys, torch
+torch.ops.load_library(sys.argv[3])
+given, expected = torch.load(sys.argv[2])
+torch.testing.assert_close(torch._inductor.aoti_load_package(sys.argv[1])(given), expected)
+assert not [name for name in sys.modules if name.startswith("fourfold")]
+"""
+
+
+def test_a_package_of_aotinductor_needs_the_ops_alone(tmp_path):
+    """docs/recipes.md: compiled ahead of time, a model runs where fourfold_ops.so is loaded and no Python of fourfold is."""
+    files = str(tmp_path / "net.pt2"), str(tmp_path / "given.pt")
+    run_script(PACK, *files)
+    run_script(RUN_PACKED, *files, str(located("fourfold._C").with_name("fourfold_ops.so")))
