@@ -105,6 +105,13 @@ def ledger_rows(kind_of_device, status):
     ]
 
 
+def test_launches():
+    """Each contestant's time of a call, on the CPU here."""
+    found = check.launches(contest(CPU, True))
+    assert set(found) == {"launch us ours", "launch us twice"}
+    assert all(0 < span < 1e6 for span in found.values())
+
+
 def test_ledger(tmp_path):
     ledger = tmp_path / "gpu.md"
     start = "".join(f"| `{op}` | not measured | not measured | | |\n" for op in ("one", "two", "three"))

@@ -107,6 +107,15 @@ def check(run, case, device):
     return run.add("correct", case.op, case.name, "ok", seconds=round(time.monotonic() - start, 2))
 
 
+def launches(contest):
+    """What a call costs where inputs are so small that launching is all of it, for ours and each rival."""
+    from gpu.harness import seconds_per_call
+
+    calls = {"ours": contest.ours, **contest.rivals}
+    spans = {name: seconds_per_call(call, contest.inputs * 20, graph=False) for name, call in calls.items()}
+    return {f"launch us {name}": round(span * 1e6, 1) for name, span in spans.items()}
+
+
 def measure(run, case, device, small, bandwidth):
     import torch
     from gpu.harness import Unavailable, peak_megabytes, seconds_per_call
@@ -134,6 +143,8 @@ def measure(run, case, device, small, bandwidth):
                 found[f"times {rival}"] = round(seconds_per_call(call, contest.inputs, graph=contest.graph) / ours, 2)
             else:
                 problems.append(f"{rival} differs by {error:.3g}")
+        if case.hot and contest.graph and device.type == "cuda":
+            found |= launches(case.make(device, True))
         if contest.memory and device.type == "cuda":
             for who, call in {"ours": contest.ours, **contest.rivals}.items():
                 found[f"MB {who}"] = round(peak_megabytes(call, contest.inputs[0]), 1)
