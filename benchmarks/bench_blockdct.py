@@ -385,7 +385,6 @@ def _transform(
     state: str = "out",
     compile_too: bool = False,
     quick: bool = False,
-    headline: bool = False,
 ) -> Case:
     b, c, height, width = shape.size
     f = n * n if freqs is None else len(freqs)
@@ -415,7 +414,6 @@ def _transform(
         flops=blocks * 4 * n**3,  # two N x N by N x N products
         source=shape.source,
         quick=quick,
-        headline=headline,
     )
 
 
@@ -479,16 +477,16 @@ def _transforms(settings: Settings, inverse: bool) -> Iterator[Case]:
     for shape in (shapes.CLASSIFIER, shapes.POWER_OF_TWO, shapes.LARGE):
         for layout in ("planar", "blocks"):
             quick = shape is shapes.CLASSIFIER or (shape is shapes.LARGE and layout == "planar")
-            yield make(shape, layout, quick=quick, headline=shape is not shapes.POWER_OF_TWO, compile_too=True)
+            yield make(shape, layout, quick=quick, compile_too=True)
             yield make(shape, layout, state="heap", quick=quick and shape is shapes.CLASSIFIER and not inverse)
         yield make(shape, "interleaved", quick=shape is shapes.CLASSIFIER and not inverse)
     yield dataclasses.replace(make(shapes.LARGE, "planar", state="fresh"), peak=True)
     for layout in ("planar", "blocks"):
         yield _with_backward(settings, shapes.CLASSIFIER, layout, inverse, quick=layout == "planar" and not inverse)
     for n in (2, 4, 16, 32):
-        yield make(shapes.POWER_OF_TWO, "planar", n, quick=True, headline=True)
+        yield make(shapes.POWER_OF_TWO, "planar", n, quick=True)
         yield make(shapes.POWER_OF_TWO, "blocks", n)
-    yield make(shapes.CLASSIFIER, "planar", dtype=torch.bfloat16, quick=True, headline=True)
+    yield make(shapes.CLASSIFIER, "planar", dtype=torch.bfloat16, quick=True)
     yield make(shapes.LARGE, "planar", dtype=torch.bfloat16)
     yield make(shapes.CLASSIFIER, "planar", freqs=tuple(ff.zigzag(8)[:24].tolist()), quick=True)
     yield make(shapes.RAGGED, "planar", quick=not inverse)
@@ -643,7 +641,7 @@ def _normalizations(settings: Settings) -> Iterator[Case]:
             yield _normalize(settings, shape, "planar", "heap", quick=True)
         return
     for shape in (shapes.JPEG_SMALL, shapes.JPEG_LUMA):
-        yield _normalize(settings, shape, "planar", "heap", quick=True, headline=True)
+        yield _normalize(settings, shape, "planar", "heap", quick=True)
         yield _normalize(settings, shape, "blocks", "heap")
     yield _normalize_training(settings, shapes.JPEG_SMALL, "planar")
     yield in_fresh_memory(_normalize(settings, shapes.JPEG_LUMA, "planar", "heap"))
@@ -673,7 +671,6 @@ def _overhead(
         state="heap",
         source="one block: only the call costs",
         quick=True,
-        headline=True,
         overhead=True,
         overhead_goal=goal,
     )

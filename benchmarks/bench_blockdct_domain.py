@@ -221,7 +221,6 @@ def _overhead(operation: Operation) -> Case:
         state="heap",
         source="four blocks: only the call costs",
         quick=True,
-        headline=True,
         overhead=True,
     )
 
@@ -236,7 +235,7 @@ def cases(settings: Settings) -> Iterator[Case]:
                 yield _case(settings, operation, shape, quick=True)
             continue
         yield _overhead(operation)
-        yield _case(settings, operation, shapes.JPEG_SMALL, quick=True, headline=True)
+        yield _case(settings, operation, shapes.JPEG_SMALL, quick=True)
         yield _case(settings, operation, shapes.JPEG_LUMA)
         yield _training(settings, operation, shapes.JPEG_SMALL)
         yield in_fresh_memory(_case(settings, operation, shapes.JPEG_LUMA))

@@ -154,7 +154,6 @@ def _to_dct(
     kind: torch.dtype = torch.uint8,
     compile_too: bool = False,
     quick: bool = False,
-    headline: bool = False,
     **options: object,
 ) -> Case:
     b, _, height, width = shape.size
@@ -202,7 +201,6 @@ def _to_dct(
         handles=(pixels, "pixels"),
         source=shape.source,
         quick=quick,
-        headline=headline,
     )
 
 
@@ -256,7 +254,7 @@ def _forward(settings: Settings) -> Iterator[Case]:
     for shape in shapes.PIXELS:
         for channels_last in (False, True):
             quick = shape is shapes.CLASSIFIER
-            yield _to_dct(settings, shape, channels_last=channels_last, compile_too=True, quick=quick, headline=True)
+            yield _to_dct(settings, shape, channels_last=channels_last, compile_too=True, quick=quick)
     make = functools.partial(_to_dct, settings, shapes.CLASSIFIER)
     yield make(subsampling="4:4:4")
     yield make(subsampling="4:2:2")
@@ -419,7 +417,7 @@ def _back(settings: Settings) -> Iterator[Case]:
         for shape in _random_images(settings):
             yield _to_rgb(settings, shape, quick=True)
         return
-    yield _to_rgb(settings, shapes.CLASSIFIER, quick=True, headline=True)
+    yield _to_rgb(settings, shapes.CLASSIFIER, quick=True)
     yield _to_rgb(settings, shapes.POWER_OF_TWO)
     yield _to_rgb_training(settings, shapes.CLASSIFIER)
     yield in_fresh_memory(_to_rgb(settings, shapes.POWER_OF_TWO))
@@ -448,7 +446,6 @@ def _overhead(
         state="heap",
         source="so small that only the call costs",
         quick=True,
-        headline=True,
         overhead=True,
         overhead_goal=goal,
     )

@@ -782,7 +782,7 @@ TINY = shapes.Pair(4, 64, "so small that only the call costs")
 
 
 def _overheads() -> Iterator[Case]:
-    given: dict[str, Any] = {"rivals": (), "quick": True, "headline": True, "overhead": True, "handles": None}
+    given: dict[str, Any] = {"rivals": (), "quick": True, "overhead": True, "handles": None}
     entries: list[tuple[str, Callable[[Pair], Tensor]]] = [
         ("cca", exact_cca),
         ("svcca", exact_svcca),
@@ -836,24 +836,24 @@ def cases(settings: Settings) -> Iterator[Case]:
         return
     yield from _overheads()
     for place in shapes.PAIRS:
-        narrow, wanted = place == shapes.NARROW_PAIR, place in (shapes.PAIR, shapes.WIDE_PAIR)
-        yield _cca(settings, place, quick=narrow or place == shapes.PAIR, headline=wanted)
-        yield _cca_fast(place, quick=narrow, headline=wanted)
-        yield _svcca(settings, place, quick=narrow, headline=wanted)
-        yield _pwcca(settings, place, quick=narrow, headline=wanted)
+        narrow = place == shapes.NARROW_PAIR
+        yield _cca(settings, place, quick=narrow or place == shapes.PAIR)
+        yield _cca_fast(place, quick=narrow)
+        yield _svcca(settings, place, quick=narrow)
+        yield _pwcca(settings, place, quick=narrow)
     for place in (shapes.NARROW_PAIR, shapes.PAIR):
         narrow = place == shapes.NARROW_PAIR
-        yield _cka(settings, place._replace(samples=min(place.samples, 4000)), quick=narrow, headline=not narrow)
-        yield _cka_unbiased(place._replace(samples=1000 if narrow else 2000), quick=narrow, headline=not narrow)
+        yield _cka(settings, place._replace(samples=min(place.samples, 4000)), quick=narrow)
+        yield _cka_unbiased(place._replace(samples=1000 if narrow else 2000), quick=narrow)
         for op in ("procrustes", "rv"):
-            yield _features(settings, op, place, quick=narrow, headline=not narrow)
+            yield _features(settings, op, place, quick=narrow)
         for op in LOSSES:
             yield _loss(op, place, quick=narrow and op in {"cca", "cka"})
     yield _cka_rbf(shapes.NARROW_PAIR._replace(samples=500), quick=True)
-    yield _cka_rbf(shapes.PAIR._replace(samples=5000), headline=True)
+    yield _cka_rbf(shapes.PAIR._replace(samples=5000))
     for precision in ("fast", "high"):
         yield _all_cka(settings, 4, 64, 512, precision, quick=True)
-        yield _all_cka(settings, 12, 128, 8192, precision, headline=True)
+        yield _all_cka(settings, 12, 128, 8192, precision)
     yield _all_cka_training(settings, 4, 128, 2048)
     yield in_fresh_memory(_all_cka(settings, 12, 128, 8192))
     yield in_fresh_memory(_cca(settings, shapes.PAIR))
@@ -865,7 +865,7 @@ def cases(settings: Settings) -> Iterator[Case]:
     yield _dft(400, 16, 8, "small maps", quick=True)
     yield _dft_loss(400, 16, 8, "small maps, as a loss")
     yield in_fresh_memory(_dft(2000, 64, 16, "a CIFAR network's middle layers on 2000 images"))
-    yield _dft(2000, 64, 32, "a CIFAR network's first layers on 2000 images", headline=True)
+    yield _dft(2000, 64, 32, "a CIFAR network's first layers on 2000 images")
 
 
 def test_speed(case: Case, threads: int, race: Callable[[Case, int], None]) -> None:

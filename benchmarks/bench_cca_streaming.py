@@ -630,23 +630,23 @@ def cases(settings: Settings) -> Iterator[Case]:
         return
     yield _all_pairs(6, 64, 2000, 500, "high", quick=True)
     for precision in ("high", "fast"):
-        yield _all_pairs(20, 256, 10000, 1000, precision, headline=True)
+        yield _all_pairs(20, 256, 10000, 1000, precision)
     yield _all_pairs(20, 256, 10000, 250, "high")
     yield _update(settings, 6, 64, 4000, 1000, "high", quick=True)
     for precision in ("high", "fast"):
-        yield _update(settings, 20, 256, 10000, 1000, precision, headline=True)
+        yield _update(settings, 20, 256, 10000, 1000, precision)
     for place in shapes.RESIDUAL_MAPS:
-        yield _gram(place, torch.bfloat16, quick=place == shapes.RESIDUAL_MAPS[0], headline=True)
+        yield _gram(place, torch.bfloat16, quick=place == shapes.RESIDUAL_MAPS[0])
     yield _gram(shapes.RESIDUAL_MAPS[1], torch.float16)
     yield _memory(settings, 64, 32, 14, "high", quick=True)
     for precision in ("high", "fast"):
-        yield _memory(settings, 384, 128, 28, precision, headline=True)
+        yield _memory(settings, 384, 128, 28, precision)
         if settings.match is not None and f"{FULL_SIZE} images" in settings.match:
             yield _memory(settings, FULL_SIZE, 128, 28, precision)
     yield _metric(64, 2000, 250, quick=True)
     yield _metric(256, 10000, 250)
     yield _compare((16, 24), 2, 2, quick=True)
-    yield _compare((32, 48), 4, 6, headline=True)
+    yield _compare((32, 48), 4, 6)
 
 
 def test_speed(case: Case, threads: int, race: Callable[[Case, int], None]) -> None:

@@ -288,7 +288,6 @@ def _convolution(
         state="heap",
         source=layer.source,
         quick=quick,
-        headline=grouped,
         **_work(layer, mode, dtype),
     )
 
@@ -411,7 +410,7 @@ def _additions(settings: Settings) -> Iterator[Case]:
     for channels_last in (True, False):
         for dtype in (torch.float32, torch.bfloat16):
             quick = channels_last and dtype == torch.float32
-            yield _add_coords(settings, layer.input, layer.source, channels_last, dtype, quick=quick, headline=channels_last)
+            yield _add_coords(settings, layer.input, layer.source, channels_last, dtype, quick=quick)
     yield _add_coords(settings, shapes.PAPER.input, shapes.PAPER.source, True, torch.float32)
     yield _add_coords(settings, layer.input, layer.source, True, torch.float32, backward=True)
     yield in_fresh_memory(_add_coords(settings, layer.input, layer.source, True, torch.float32))
@@ -434,7 +433,6 @@ def _overhead(layer: shapes.Layer, gradient: bool = False) -> Case:
         state="heap",
         source=layer.source,
         quick=True,
-        headline=True,
         overhead=True,
     )
 
@@ -458,7 +456,6 @@ def _overheads() -> Iterator[Case]:
         state="heap",
         source=source,
         quick=True,
-        headline=True,
         overhead=True,
     )
 

@@ -373,7 +373,7 @@ DECODERS = (
 )
 
 
-def _reading(photos: shapes.Photos, *, batch: bool = False, quick: bool = False, headline: bool = False) -> Case:
+def _reading(photos: shapes.Photos, *, batch: bool = False, quick: bool = False) -> Case:
     one_by_one = Contestant("fourfold", read_one_by_one, tensors=in_blocks)
     rivals = (BARE, *READERS, *DECODERS)
     if batch:
@@ -393,7 +393,6 @@ def _reading(photos: shapes.Photos, *, batch: bool = False, quick: bool = False,
         threaded=batch,
         source=photos.source,
         quick=quick,
-        headline=headline,
     )
 
 
@@ -406,12 +405,12 @@ def _readings(settings: Settings) -> Iterator[Case]:
         return
     for photos in shapes.PHOTOS:
         usual = photos.quality == 90 and photos.sampling == "4:2:0" and not photos.progressive
-        yield _reading(photos, quick=usual, headline=photos.quality == 90)
+        yield _reading(photos, quick=usual)
     for photos in shapes.PHOTOS:
         small = photos.width == 224
         usual = photos.quality == 90 and photos.sampling == "4:2:0" and not photos.progressive
         if usual:
-            yield _reading(photos._replace(count=shapes.BATCH), batch=True, quick=small, headline=True)
+            yield _reading(photos._replace(count=shapes.BATCH), batch=True, quick=small)
             yield in_fresh_memory(_reading(photos._replace(count=shapes.BATCH), batch=True))
 
 
@@ -523,7 +522,7 @@ def encode_pillow(p: Shelf, state: str) -> Call:
     return lambda: (p, [encode(image) for image in images])
 
 
-def _writing(photos: shapes.Photos, optimize: bool, *, quick: bool = False, headline: bool = False) -> Case:
+def _writing(photos: shapes.Photos, optimize: bool, *, quick: bool = False) -> Case:
     return Case(
         family=FAMILY,
         op="jpeg.write",
@@ -544,7 +543,6 @@ def _writing(photos: shapes.Photos, optimize: bool, *, quick: bool = False, head
         threaded=False,
         source=photos.source,
         quick=quick,
-        headline=headline,
     )
 
 
@@ -554,7 +552,7 @@ def _writings(settings: Settings) -> Iterator[Case]:
     for photos in shapes.PHOTOS:
         if photos.quality == 90 and photos.sampling == "4:2:0" and not photos.progressive:
             for optimize in (True, False):
-                yield _writing(photos, optimize, quick=photos.width == 224 and optimize, headline=True)
+                yield _writing(photos, optimize, quick=photos.width == 224 and optimize)
 
 
 # --- statistics of many files ---------------------------------------------------------------------------------------------
@@ -762,7 +760,6 @@ def _pipeline(settings: Settings) -> Case:
         handles=(photos.count, "images"),
         source=photos.source,
         quick=True,
-        headline=True,
     )
 
 
@@ -917,7 +914,6 @@ def _network(settings: Settings, count: int, dtype: torch.dtype, mode: str, from
         handles=(count, "images"),
         source=photos.source,
         quick=quick,
-        headline=from_bytes and not quick,
     )
 
 

@@ -363,7 +363,6 @@ def _layer(
     backward: bool = True,
     grouped: bool = False,
     quick: bool = False,
-    headline: bool = False,
 ) -> Case:
     linear = isinstance(place, shapes.Linear)
     words = f"{place}" + f", {mode.name}" * (mode.sampler is not None) + f", {name_of(dtype)}" * (dtype != torch.float32)
@@ -386,7 +385,6 @@ def _layer(
         state="heap",
         source=place.source,
         quick=quick,
-        headline=headline or grouped,
         **_work(place, mode, dtype, backward),
     )
 
@@ -408,7 +406,7 @@ def _layers(settings: Settings) -> Iterator[Case]:
         yield make(shapes.SQUARE._replace(batch=m), FIXED, dtype=torch.bfloat16)
         yield make(shapes.SQUARE._replace(batch=m), BERNOULLI, dtype=torch.bfloat16)
     for mode in (FIXED, BERNOULLI, EDGE_POPUP):
-        yield make(shapes.PROJECTION, mode, headline=True)  # for the memory that backward holds
+        yield make(shapes.PROJECTION, mode)  # for the memory that backward holds
     yield make(shapes.SQUARE, THRESHOLD)
     for place in shapes.LENET:
         for mode in (FIXED, BERNOULLI, EDGE_POPUP):
@@ -416,7 +414,7 @@ def _layers(settings: Settings) -> Iterator[Case]:
     for layer in shapes.CONV6:
         for mode in (FIXED, BERNOULLI, EDGE_POPUP):
             last = layer is shapes.CONV6[-1]
-            yield make(layer, mode, quick=last and mode is not BERNOULLI, headline=last)
+            yield make(layer, mode, quick=last and mode is not BERNOULLI)
     for mode in (FIXED, BERNOULLI):
         yield in_fresh_memory(make(shapes.PROJECTION, mode))
         yield in_fresh_memory(make(shapes.CONV6[-1], mode))
@@ -638,7 +636,7 @@ def _masks(settings: Settings) -> Iterator[Case]:
                 yield _mask_of_scores(settings, sampler, weight, quick=True)
         return
     for weight in (shapes.SQUARE, shapes.FEED_FORWARD):
-        flags = {"quick": weight is shapes.SQUARE, "headline": True}
+        flags = {"quick": weight is shapes.SQUARE}
         for sampler in SAMPLERS:
             yield _mask_of_scores(settings, sampler, weight, **flags)
         for op in ("pack_mask", "unpack_mask"):
@@ -751,7 +749,6 @@ def _tiny(
         state="heap",
         source=TINY,
         quick=True,
-        headline=True,
         overhead=True,
         overhead_goal=goal,
     )
@@ -777,7 +774,6 @@ def _tiny_layer(place: shapes.Linear | shapes.Layer, mode: Mode, recorded: bool 
         state="heap",
         source=TINY,
         quick=True,
-        headline=True,
         overhead=True,
     )
 

@@ -253,7 +253,6 @@ def _inference(
         state="heap",
         source=place.source,
         quick=quick,
-        headline=grouped,
         **_work(place, density, dtype),
     )
 
@@ -283,7 +282,6 @@ def _with_flushed_weights(settings: Settings, density: float, format: str) -> Ca
         group=Group(f"M=1, weights flushed, {format}", limit=1.25),
         state="heap",
         source=place.source,
-        headline=True,
         **_work(place, density, torch.float32),
     )
 
@@ -383,7 +381,7 @@ def _retrainings(settings: Settings) -> Iterator[Case]:
         for weight in (shapes.SQUARE, shapes.FEED_FORWARD):
             for density in (0.5, 0.2, 0.1, 0.05, 0.02):
                 quick = weight is shapes.SQUARE and m == 64 and density == 0.1
-                yield _retraining(settings, weight._replace(batch=m), density, quick=quick, headline=True)
+                yield _retraining(settings, weight._replace(batch=m), density, quick=quick)
 
 
 # --- sddmm ----------------------------------------------------------------------------------------------------------------
@@ -513,7 +511,7 @@ def _sddmms(settings: Settings) -> Iterator[Case]:
         for weight in (shapes.SQUARE, shapes.FEED_FORWARD):
             for density in (0.2, 0.1, 0.05, 0.02):
                 chosen = weight is shapes.SQUARE and density == 0.1
-                yield _sddmm(settings, weight._replace(batch=m), density, quick=chosen and m == 64, headline=chosen)
+                yield _sddmm(settings, weight._replace(batch=m), density, quick=chosen and m == 64)
     yield _sddmm_training(settings, shapes.SQUARE, 0.1)
     yield in_fresh_memory(_sddmm(settings, shapes.PROJECTION, 0.05))
 
@@ -604,7 +602,7 @@ TINY = "so small that only the call costs"
 
 
 def _overheads() -> Iterator[Case]:
-    given = {"family": FAMILY, "rivals": (), "state": "heap", "source": TINY, "quick": True, "headline": True, "overhead": True}
+    given = {"family": FAMILY, "rivals": (), "state": "heap", "source": TINY, "quick": True, "overhead": True}
     place = shapes.Linear(8, 64, 1, TINY)
     for format in ("bitmap", "csr16"):  # noqa: A001
         yield Case(

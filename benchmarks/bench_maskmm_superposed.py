@@ -382,7 +382,7 @@ TINY = "so small that only the call costs"
 
 def _overheads() -> Iterator[Case]:
     place, tasks = shapes.Linear(8, 64, 1, TINY), 2
-    given = {"family": FAMILY, "rivals": (), "state": "heap", "source": TINY, "quick": True, "headline": True, "overhead": True}
+    given = {"family": FAMILY, "rivals": (), "state": "heap", "source": TINY, "quick": True, "overhead": True}
 
     def summed_beforehand(p: Superposition) -> Tensor:
         return p.weight * published(p.numbers, p.alpha.detach())
@@ -436,11 +436,11 @@ def cases(settings: Settings) -> Iterator[Case]:
     yield from _overheads()
     for tasks in (10, 100):
         few = tasks == 10
-        yield _superposition(settings, shapes.SUPSUP, tasks, quick=few, headline=True)
+        yield _superposition(settings, shapes.SUPSUP, tasks, quick=few)
     for tasks in (10, 100):
         for batch in (8, 64, 256):
             quick = tasks == 10 and batch == 8
-            yield _samples(settings, shapes.SUPSUP._replace(batch=batch), tasks, quick=quick, headline=True)
+            yield _samples(settings, shapes.SUPSUP._replace(batch=batch), tasks, quick=quick)
     yield _samples_training(settings, shapes.SUPSUP._replace(batch=64), 10)
     yield in_fresh_memory(_superposition(settings, shapes.SUPSUP, 10))
     yield in_fresh_memory(_samples(settings, shapes.SUPSUP._replace(batch=64), 10))
@@ -448,7 +448,7 @@ def cases(settings: Settings) -> Iterator[Case]:
     for widths in ((784, 300, 100, 10), (784, 1024, 1024, 10)):
         for tasks in (10, 100):
             quick = widths[1] == 300 and tasks == 10
-            yield _inference(settings, widths, tasks, source, quick=quick, headline=tasks == 100)
+            yield _inference(settings, widths, tasks, source, quick=quick)
     yield in_fresh_memory(_inference(settings, (784, 1024, 1024, 10), 10, source))
 
 

@@ -188,7 +188,6 @@ class Case:
     threaded: bool = True
     source: str = ""  # where the shape comes from
     quick: bool = False
-    headline: bool = False  # has a row in README
     overhead: bool = False
     overhead_goal: float | None = None
 
@@ -207,9 +206,9 @@ def fresh_first(case: Case) -> bool:
 
 
 def in_fresh_memory(case: Case) -> Case:
-    """The same, told how much memory it needs: once, and neither in quick runs nor in README."""
+    """The same, told how much memory it needs: once, and not in quick runs."""
     label = f"{case.label}, memory"
-    return dataclasses.replace(case, label=label, state="fresh", peak=True, threaded=False, quick=False, headline=False)
+    return dataclasses.replace(case, label=label, state="fresh", peak=True, threaded=False, quick=False)
 
 
 def with_backward(forward: Call, leaves: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]) -> Call:
@@ -622,7 +621,6 @@ class Session:
             "bytes": case.bytes,
             "flops": case.flops,
             "source": case.source,
-            "headline": case.headline,
             "ours": case.ours.name,
             "tolerance": str(case.tolerance),
             "errors": {name: (error if math.isfinite(error) else str(error)) for name, error in errors.items()},

@@ -30,7 +30,6 @@ ROW = {
     "state": str,
     "threads": int,
     "source": str,
-    "headline": bool,
     "ours": str,
     "wrong": dict,
     "warnings": list,

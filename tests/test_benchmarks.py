@@ -356,7 +356,7 @@ def unreadable(device: torch.device) -> torch.Tensor:
 
 @pytest.mark.parametrize("changes", [{"problem": unreadable}, {"ours": absent("fourfold")}])
 def test_there_is_no_race_where_ours_is_absent(session, changes):
-    result = session.run(dataclasses.replace(toy(headline=True), **changes), threads=1)
+    result = session.run(dataclasses.replace(toy(), **changes), threads=1)
     why = result["absent"]["fourfold"]
     assert "ms" not in result and result["wrong"] == {}
     assert report.line(result) == f"double 100 [heap] 1 thread: left out, {why}"
@@ -374,7 +374,7 @@ def test_an_absence_is_told_once(session, capsys):
 
 
 def test_no_copy_runs_beside_what_memory_does_not_hold_up(session):
-    result = session.run(toy(bytes=0, flops=0, handles=(50, "images"), headline=True), threads=1)
+    result = session.run(toy(bytes=0, flops=0, handles=(50, "images")), threads=1)
     assert set(result["ms"]) == {"fourfold", "sound", "rival"} and not {"copy_share", "gemm_share"} & set(result)
     rate, ms = result["rate"], result["ms"]["fourfold"]
     assert rate["of"] == "images" and rate["per_second"]["max"] == pytest.approx(50e3 / ms["min"])
@@ -536,8 +536,8 @@ def test_the_html_report_is_one_file_with_charts(session):
 
 
 def test_readme_is_changed_between_the_markers_only(session):
-    session.run(toy(headline=True), threads=1)
-    session.run(toy(headline=False, op="other"), threads=1)
+    session.run(toy(), threads=1)
+    session.run(toy(op="other"), threads=1)
     documents = {"cpu.json": session.document()}
     filled = report.into_readme(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", documents)
     assert filled == f"before\n{report.BEGIN}\n{report.readme_table(documents)}\n{report.END}\nafter\n"
@@ -549,7 +549,7 @@ def test_readme_is_changed_between_the_markers_only(session):
 
 
 def grouped(label: str, cost: float, ratio: float, threads: int = 1, group: str = "toys") -> report.Result:
-    result = {"op": "double", "label": label, "state": "heap", "threads": threads, "family": "toy", "headline": True}
+    result = {"op": "double", "label": label, "state": "heap", "threads": threads, "family": "toy"}
     spreads = {"cost": {"tripling": {"median": cost}}, "ratio": {"rival": {"median": ratio}}}
     return result | spreads | {"ms": {}, "wrong": {}, "group": {"name": group, "goal": 1.05, "limit": 1.1}}
 
@@ -573,8 +573,8 @@ def test_a_group_says_how_many_of_its_cases_are_missing():
 
 
 def test_readme_and_docs_show_two_families(session):
-    session.run(toy(headline=True, family="first"), threads=1)
-    group = {"family": "second", "op": "redouble", "yardsticks": (tripled(),), "group": Group("toys", 1.05), "headline": True}
+    session.run(toy(family="first"), threads=1)
+    group = {"family": "second", "op": "redouble", "yardsticks": (tripled(),), "group": Group("toys", 1.05)}
     session.run(toy(label="small", **group), threads=1)
     session.run(toy(label="large", **group), threads=1)
     document = session.document()
@@ -590,9 +590,8 @@ def test_readme_and_docs_show_two_families(session):
 
 
 def test_readme_shows_the_runs_of_this_kind_of_machine_one_or_one_per_family():
-    shown, hidden = ({"results": [{"headline": headline}]} for headline in (True, False))
-    documents = {"cpu.json": shown, "cpu-toys.json": shown, "cpu-nn.json": hidden, "gpu.json": shown}
-    assert list(report.readme_runs(documents)) == ["cpu.json", "cpu-toys.json"]
+    run: report.Document = {"results": []}
+    assert list(report.readme_runs({"cpu.json": run, "cpu-toys.json": run, "gpu.json": run})) == ["cpu.json", "cpu-toys.json"]
 
 
 def _stored() -> dict[str, report.Document]:
@@ -1001,13 +1000,13 @@ def test_every_contestant_for_similarity_is_right_on_small_layers(session):
 
 
 def test_pairs_race_at_the_sizes_of_the_goals():
-    labels = {case.label for case in every_case(Settings(family="cca")) if case.op == "cca" and case.headline}
+    labels = {case.label for case in every_case(Settings(family="cca")) if case.op == "cca"}
     assert {"256x10000", "1024x20000"} <= labels
     loops = [case for case in every_case(Settings(family="cca")) if case.op == "StreamingCCA" and "210 pairs" in case.label]
     for case in loops:
         [loop] = [rival for rival in case.rivals if "reference loop" in rival.name]
         assert loop.share == 5 / 210 and "(5 of 210 pairs, extrapolated)" in loop.name
-    assert {case.headline for case in loops} == {True, False} and len(loops) == 3
+    assert len(loops) == 3
     shown = {case.label for case in every_case(Settings(family="cca")) if case.op == "_gram_"}
     assert {f"bfloat16 {size}" for size in ("64x64x56x56", "128x256x28x28", "256x512x14x14", "256x2048x7x7")} < shown
 
