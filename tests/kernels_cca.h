@@ -105,14 +105,14 @@ void test_nonfinite(const cca::Kernels& kernels, const char* tier) {
 }
 
 void test_gram(const cca::Kernels& kernels, const char* tier) {
-  for (const Element element : {kHalf, kBFloat16}) {
+  for (const Element element : {kHalf, kBFloat16, kFloat, kDouble}) {
     const int64_t per_step = kernels.samples_per_step[element];
     for (const auto& [rows, columns] : {std::pair<int64_t, int64_t>{1, 16}, {16, 1}, {5, 9}, {16, 16}, {9, 14}}) {
       for (int64_t count : {1, 2, 7, 16, 33, 70}) {
         for (int steps = 0; steps < kSteps; ++steps) {
           Layer a = layer_of(element, rows, count, steps), b = layer_of(element, columns, count, (steps + 1) % kSteps);
           const int64_t depth = (count + per_step - 1) / per_step;
-          Memory left(depth * cca::kStepBytes), right(depth * cca::kStepBytes);
+          Memory left(depth * cca::step_bytes(element)), right(depth * cca::step_bytes(element));
           kernels.pack_block[element](a.samples(), left.begin);
           kernels.pack_block[element](b.samples(), right.begin);
           const int64_t row_step = columns + 2;

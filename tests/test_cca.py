@@ -691,6 +691,21 @@ def test_rbf_in_tiles(monkeypatch, n, layers):
         torch.testing.assert_close(ours_, exact, rtol=1e-7, atol=1e-9 * float(exact.abs().max()))
 
 
+@pytest.mark.parametrize("guess", [None, (0.0, 1.0), (1e6, 1e9), (0.0, math.inf)], ids=str)
+@pytest.mark.parametrize("tile", [150, 40])
+def test_rbf_wherever_the_median_is_looked_for(monkeypatch, guess, tile):
+    """Distances drawn at random guess right; a wrong guess costs time."""
+    x, y = pair(150, 9, 7)
+    monkeypatch.setattr(_cca_rbf, "_DIRECT", tile)
+    monkeypatch.setattr(_cca_rbf, "_TILE", tile)
+    if guess is None:
+        monkeypatch.delattr(_cca_rbf.Distances, "_median_by_bits")
+        monkeypatch.setattr(_cca_rbf, "_COLLECTED", 150 * 149 // 8)  # a quarter of all
+    else:
+        monkeypatch.setattr(_cca_rbf.Distances, "_bracket", lambda self: torch.tensor(guess, dtype=F64))
+    close(cka(x, y, kernel="rbf"), reference.cka(x, y, kernel="rbf"), 1e-11)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [0, 1])
 def test_rbf_around_the_size_of_one_tile(more):

@@ -278,8 +278,9 @@ Tensor count_nonfinite(const Tensor& x) {
 // Samples that are summed in float32 before they are added to the total. Squares of bfloat16 round to the same side more often
 // than not, so that their sum's error grows with this; 1024 is the most that is promised.
 constexpr int64_t kDepth = 256;
+constexpr int64_t kCacheLine = 64;
 // Of packed samples at a time, unless they are fewer than kDepth.
-constexpr int64_t kPackedBytes = int64_t{2} << 20;
+constexpr int64_t kPackedBytes = int64_t{1} << 19;
 
 // A part of an image, and its first step in the packed blocks.
 struct Part {
@@ -311,17 +312,17 @@ struct Group {
 // The blocks of an operand, packed.
 struct Packed {
   const Activations& x;
-  int64_t blocks, capacity;  // steps of a block
+  int64_t blocks, capacity, step_bytes;  // capacity: steps of a block
   std::unique_ptr<char[]> memory;
   char* first;  // where a cache line begins
 
-  Packed(const Activations& from, int64_t steps) : x(from), blocks(ceil_div(from.channels, kBlock)), capacity(steps) {
-    const int64_t bytes = blocks * capacity * kStepBytes;
-    memory.reset(new char[bytes + kStepBytes]);
-    first = memory.get() + (kStepBytes - reinterpret_cast<uintptr_t>(memory.get()) % kStepBytes);
+  Packed(const Activations& from, int64_t steps)
+      : x(from), blocks(ceil_div(from.channels, kBlock)), capacity(steps), step_bytes(cca::step_bytes(from.element)) {
+    memory.reset(new char[blocks * capacity * step_bytes + kCacheLine]);
+    first = memory.get() + (kCacheLine - reinterpret_cast<uintptr_t>(memory.get()) % kCacheLine);
   }
 
-  char* at(int64_t block, int64_t step) const { return first + (block * capacity + step) * kStepBytes; }
+  char* at(int64_t block, int64_t step) const { return first + (block * capacity + step) * step_bytes; }
 
   void fill(const Group& group) const {
     const auto pack = kernels().pack_block[x.element];
@@ -342,7 +343,6 @@ struct Packed {
 void gram(const Tensor& x, const Tensor& y, Tensor total) {
   const char* op = "_gram_";
   Activations a = activations_of(op, "x", x), b = activations_of(op, "y", y);
-  require(a.bytes == 2, op, ": x must be float16 or bfloat16");
   require(x.scalar_type() == y.scalar_type(), op, ": y must be of x's type");
   require(a.images == b.images && a.samples == b.samples, op, ": x [N, C, S] and y must have the same samples, got ",
           shape_of(x), " and ", shape_of(y));
@@ -358,7 +358,7 @@ void gram(const Tensor& x, const Tensor& y, Tensor total) {
   if (a.in_one() && b.in_one()) a.merge(), b.merge();
   const int64_t per_step = kernels().samples_per_step[a.element], count = a.count();
   const int64_t blocks = ceil_div(a.channels, kBlock) + (symmetric ? 0 : ceil_div(b.channels, kBlock));
-  const int64_t together = std::max<int64_t>(1, kPackedBytes * per_step / (blocks * kStepBytes) / kDepth) * kDepth;
+  const int64_t together = std::max<int64_t>(1, kPackedBytes * per_step / (blocks * step_bytes(a.element)) / kDepth) * kDepth;
   const int64_t capacity = Group::most_steps(std::min(together, count), a.samples, per_step);
   const Packed of_a(a, capacity);
   const Packed of_b(b, symmetric ? 0 : capacity);

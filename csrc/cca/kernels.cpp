@@ -247,30 +247,33 @@ int64_t count_nonfinite(const void* memory, int64_t n, int64_t step) {
 
 // ---- products ------------------------------------------------------------------------------------------------------------
 
-// How a 16-bit type is multiplied.
+// How a type is multiplied.
 template <typename E>
-constexpr bool kInPairs = kDotsPairs && E::kIsBFloat16;
-
-template <bool kPairs>
-struct FactorOf {
-  typedef float type;
-};
+constexpr bool kInPairs = false;
 template <>
-struct FactorOf<true> {
+constexpr bool kInPairs<BFloat16> = kDotsPairs;
+
+template <typename E, bool kPairs = kInPairs<E>>
+struct FactorOf {
+  typedef Accumulate<E> type;
+};
+template <typename E>
+struct FactorOf<E, true> {
   typedef BFloat16Pair type;
 };
 
 template <typename E>
 void pack_block(const Samples& samples, void* block) {
   const E* x = static_cast<const E*>(samples.data);
-  float* to = static_cast<float*>(block);
+  using T = Accumulate<E>;
+  T* to = static_cast<T*>(block);
   const int64_t step = samples.sample_step, channels = samples.channels;
-  static_assert(cca::kBlock == kTile && cca::kStepBytes == kTile * sizeof(float), "a block is what tiles are made of");
-  constexpr int kSamples = kInPairs<E> ? 2 * kFloats : kFloats;  // of a square
+  static_assert(cca::kBlock == kTile, "a block is what tiles are made of");
+  constexpr int kWidth = kLanes<T>, kSamples = kInPairs<E> ? 2 * kWidth : kWidth;  // of a square
   if (samples.channel_step == 1) {
     for (int64_t s = 0; s < samples.count; s += kInPairs<E> ? 2 : 1) {
-      for (int64_t c = 0; c < kTile; c += kFloats, to += kFloats) {
-        const int64_t width = channels - c < 0 ? 0 : least(kFloats, channels - c);
+      for (int64_t c = 0; c < kTile; c += kWidth, to += kWidth) {
+        const int64_t width = channels - c < 0 ? 0 : least(kWidth, channels - c);
         const E* first = x + s * step + c;
         if constexpr (kInPairs<E>) {
           store(to, zip_pairs(first, s + 1 < samples.count ? first + step : nullptr, width));
@@ -284,10 +287,10 @@ void pack_block(const Samples& samples, void* block) {
   for (int64_t s = 0; s < samples.count; s += kSamples) {
     const int64_t count = least(kSamples, samples.count - s);
     const int64_t steps = kInPairs<E> ? (count + 1) / 2 : count;
-    for (int64_t c = 0; c < kTile; c += kFloats) {
-      Vec<float> rows[kFloats];
-      for (int i = 0; i < kFloats; ++i) {
-        rows[i] = Vec<float>{};
+    for (int64_t c = 0; c < kTile; c += kWidth) {
+      Vec<T> rows[kWidth];
+      for (int i = 0; i < kWidth; ++i) {
+        rows[i] = Vec<T>{};
         if (c + i >= channels) continue;
         E gathered[kSamples];
         const E* from = x + s * step + (c + i) * samples.channel_step;
@@ -301,16 +304,45 @@ void pack_block(const Samples& samples, void* block) {
           rows[i] = count == kSamples ? load(from) : load_first(from, count);
         }
       }
-      transpose<float>(rows);
+      transpose<T>(rows);
       for (int64_t k = 0; k < steps; ++k) store(to + k * kTile + c, rows[k]);
     }
     to += steps * kTile;
   }
 }
 
+// In float64 throughout.
+void add_wide_tile(const void* a, const void* b, int64_t steps, double* total, int64_t row_step, int64_t rows,
+                   int64_t columns) {
+  const double *left = static_cast<const double*>(a), *right = static_cast<const double*>(b);
+  constexpr int kVectors = kTile / kDoubles, kRows = kTileRows * kTileVectors / kVectors;
+  for (int first = 0; first < rows; first += kRows) {
+    Vec<double> sums[kRows][kVectors] = {};
+    for (int64_t step = 0; step < steps; ++step) {
+      Vec<double> factors[kVectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) factors[v] = load(right + step * kTile + v * kDoubles);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) sums[r][v] += left[step * kTile + first + r] * factors[v];
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      double* to = total + (first + r) * row_step;
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v, to += kDoubles) {
+        const int64_t width = first + r < rows ? least(kDoubles, columns - v * kDoubles) : 0;
+        if (width > 0) store_first(to, load_first(to, width) + sums[r][v], width);
+      }
+    }
+  }
+}
+
 template <typename E>
 void add_tile(const void* a, const void* b, int64_t steps, double* total, int64_t row_step, int64_t rows, int64_t columns) {
-  using Factor = typename FactorOf<kInPairs<E>>::type;
+  using Factor = typename FactorOf<E>::type;
   const Factor *left = static_cast<const Factor*>(a), *right = static_cast<const Factor*>(b);
   if (rows == kTile && columns == kTile) {
     return tile_product(left, right, steps, [&](int row, const Vec<float>(&sums)[kTileVectors]) __attribute__((always_inline)) {
@@ -340,9 +372,9 @@ extern const cca::Kernels cca_kernels = {
     {FOURFOLD_PACK(Half), FOURFOLD_PACK(BFloat16), FOURFOLD_PACK(float), FOURFOLD_PACK(double)},
     add_wide,
     {count_nonfinite<Half>, count_nonfinite<BFloat16>, count_nonfinite<float>, count_nonfinite<double>},
-    {kInPairs<Half> ? 2 : 1, kInPairs<BFloat16> ? 2 : 1},
-    {pack_block<Half>, pack_block<BFloat16>},
-    {add_tile<Half>, add_tile<BFloat16>},
+    {1, kInPairs<BFloat16> ? 2 : 1, 1, 1},
+    {pack_block<Half>, pack_block<BFloat16>, pack_block<float>, pack_block<double>},
+    {add_tile<Half>, add_tile<BFloat16>, add_tile<float>, add_wide_tile},
 };
 
 }  // namespace FOURFOLD_ISA

@@ -29,8 +29,8 @@ enum PanelType { kFloatPanel, kDoublePanel, kPanelTypes };
 // the processor multiplies them so, pair of samples by pair. The result comes in tiles of a block by a block.
 constexpr int64_t kBlock = 16;
 
-// A packed block is steps of kStepBytes, each of samples_per_step samples.
-constexpr int64_t kStepBytes = 64;
+// A packed block is steps of this many bytes, each of samples_per_step samples.
+constexpr int64_t step_bytes(Element element) { return kBlock * (element == kDouble ? 8 : 4); }
 
 struct Kernels {
   // Row k = sample k minus pivot; sums[C + 1] += the column sums of what was written and the sum of the norms.
@@ -42,14 +42,13 @@ struct Kernels {
   // How many of n elements, `step` apart, are NaN or infinite.
   int64_t (*count_nonfinite[kElements])(const void* x, int64_t n, int64_t step);
 
-  // For kHalf and kBFloat16. Samples that a step of a block holds, 1 or 2; the last pair of an odd number is filled up with
-  // zeros.
-  int samples_per_step[2];
+  // Samples that a step of a block holds, 1 or 2; the last pair of an odd number is filled up with zeros.
+  int samples_per_step[kElements];
   // At most kBlock channels into a block; those that are missing are zero.
-  void (*pack_block[2])(const Samples& x, void* block);
-  // total [rows, columns] += the sum over the steps of a tile, which is computed in float32.
-  void (*add_tile[2])(const void* a, const void* b, int64_t steps, double* total, int64_t row_step, int64_t rows,
-                      int64_t columns);
+  void (*pack_block[kElements])(const Samples& x, void* block);
+  // total [rows, columns] += the sum over the steps of a tile, which is computed in float32, or in float64 of kDouble.
+  void (*add_tile[kElements])(const void* a, const void* b, int64_t steps, double* total, int64_t row_step, int64_t rows,
+                              int64_t columns);
 };
 
 }  // namespace fourfold::cca

@@ -5,7 +5,7 @@ With many samples these are the centred scatter matrices, [d, d]; with few sampl
 gradients.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +49,33 @@ def _slices(count: int, width: int) -> Iterator[slice]:
         yield slice(first, min(first + step, count))
 
 
+def _panel(n: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Memory for some of n samples of this width, and for their squared lengths."""
+    samples = max(_SAMPLES, _PANEL // max(width, 1))
+    if device.type == "cpu":
+        samples //= 4  # its caches hold no more; float32 sums end sooner by themselves
+    elif dtype == torch.float32:
+        samples = _SAMPLES
+    samples = min(n, samples)
+    # Rows a power of 2 apart would fall into the same places of the caches.
+    panel = torch.empty(samples, (width + 7) // 8 * 8 + 8, dtype=dtype, device=device)
+    return panel[:, :width], panel.new_empty(samples)
+
+
+def add_products_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += leftᵀ right, float64 [l, r], of samples [n, l] and [n, r]; of a panel by itself the upper triangle at least."""
+    if left.device.type == "cpu":
+        _gram_(left.unsqueeze(2), right.unsqueeze(2), total)
+        return
+    for rows in _strips(left.shape[1], left.device) if left is right else (slice(left.shape[1]),):
+        column = rows.start or 0
+        to, a, b = total[rows, column:], left[:, rows].T, right[:, column:]
+        if a.dtype == torch.float64:
+            to.addmm_(a, b)
+        else:
+            _add_wide_(to, a @ b)
+
+
 def _mirrored(block: Tensor) -> Tensor:
     """A symmetric matrix from its upper triangle."""
     upper = block.triu()
@@ -56,10 +83,11 @@ def _mirrored(block: Tensor) -> Tensor:
 
 
 def scatter(x: Tensor, y: Tensor | None, precision: str, own: bool = True) -> tuple[Tensor, ...]:
-    """Centred scatter matrices (xx, xy, yy) of x [n, d] and y, the triangle counted once, and the means; without y all of x.
+    """Centred scatter matrices (xx, xy, yy) of x [n, d] and y, the triangle counted once, their traces, and the means.
 
-    A mean is [2, d]: a number and what it lacks, so that x less the one and less the other is centred however far it lies from
-    0. own: False leaves xx and yy out; they are empty then. precision: "fast" becomes "high" where float32 cannot hold squares.
+    Without y all of x. A mean is [2, d]: a number and what it lacks, so that x less the one and less the other is centred
+    however far it lies from 0. own: False leaves xx and yy out; they are empty then. precision: "fast" becomes "high" where
+    float32 cannot hold squares.
     """
     layers = [x] if y is None else [x, y]
     n, dtypes = x.shape[0], {t.dtype for t in layers}
@@ -67,26 +95,27 @@ def scatter(x: Tensor, y: Tensor | None, precision: str, own: bool = True) -> tu
     with exactly(x.device):
         if raw and all(near_zero(t.unsqueeze(2)) for t in layers):
             pivots = [torch.zeros(t.shape[1], dtype=torch.float64, device=x.device) for t in layers]
-            sums = [t.sum(0, dtype=torch.float64) for t in layers]
             total = _raw_products(layers)
+            squares = total.diagonal().split([t.shape[1] for t in layers])
+            sums = [torch.cat([t.sum(0, dtype=torch.float64), s.sum()[None]]) for t, s in zip(layers, squares, strict=True)]
         else:
             pivots = [pivot_of(t.unsqueeze(2)) for t in layers]
             total, sums = _products(layers, pivots, precision, own)
     if precision == "fast" and own:
-        powers = (part.sum() for part in total.diagonal().split([t.shape[1] for t in layers]))
-        if any(similarity.beyond_float32(power, n) for power in powers):
+        traces = (part.sum() for part in total.diagonal().split([t.shape[1] for t in layers]))
+        if any(similarity.beyond_float32(trace, n) for trace in traces):
             return scatter(x, y, "high")
-    means = [torch.stack([p, s / n]) for p, s in zip(pivots, sums, strict=True)]
+    means = [torch.stack([p, s[:-1] / n]) for p, s in zip(pivots, sums, strict=True)]
+    powers = [s[-1] - s[:-1] @ m[1] for s, m in zip(sums, means, strict=True)]
     if not own:
-        xy = total.addr_(sums[0], sums[1], alpha=-1 / n)
-        return xy.new_empty(0), xy, xy.new_empty(0), *means
-    together = torch.cat(sums)
-    total.addr_(together, together, alpha=-1 / n)
+        xy = total.addr_(sums[0][:-1], means[1][1], alpha=-1)
+        return xy.new_empty(0), xy, xy.new_empty(0), *powers, *means
+    total.addr_(torch.cat([s[:-1] for s in sums]), torch.cat([m[1] for m in means]), alpha=-1)
     d = x.shape[1]
     xx = _mirrored(total[:d, :d])
     if y is None:
-        return xx, xx, xx, means[0], means[0]
-    return xx, total[:d, d:].contiguous(), _mirrored(total[d:, d:]), *means
+        return xx, xx, xx, powers[0], powers[0], means[0], means[0]
+    return xx, total[:d, d:].contiguous(), _mirrored(total[d:, d:]), *powers, *means
 
 
 def _raw_products(layers: list[Tensor]) -> Tensor:
@@ -102,36 +131,24 @@ def _raw_products(layers: list[Tensor]) -> Tensor:
 
 
 def _products(layers: list[Tensor], pivots: list[Tensor], precision: str, own: bool) -> tuple[Tensor, list[Tensor]]:
-    """Sums of products of the layers' samples less the pivots, beside each other: [D, D], its upper triangle; and their sums.
+    """Sums of products of the layers' samples less the pivots, beside each other: [D, D], its upper triangle.
 
-    own: False has the products of the first layer and the second alone.
+    And of each layer the sums of its samples and, beside them, of their squared lengths, [d + 1]. own: False has the products
+    of the first layer and the second alone.
     """
     n, device = layers[0].shape[0], layers[0].device
     widths = [t.shape[1] for t in layers]
-    d = sum(widths)
-    wide = precision == "high"
-    samples = min(n, max(_SAMPLES, _PANEL // max(d, 1)) if wide else _SAMPLES)
-    # Rows a power of 2 apart would fall into the same places of the caches.
-    panel = torch.empty(samples, (d + 7) // 8 * 8 + 8, dtype=torch.float64 if wide else torch.float32, device=device)
-    norms = panel.new_empty(samples)
+    panel, norms = _panel(n, sum(widths), torch.float64 if precision == "high" else torch.float32, device)
     sums = [torch.zeros(w + 1, dtype=torch.float64, device=device) for w in widths]
-    total = torch.zeros((d, d) if own else (widths[0], widths[1]), dtype=torch.float64, device=device)
-    for first in range(0, n, samples):
-        block = panel[: min(samples, n - first)]
-        start = 0
-        for layer, pivot, of_layer in zip(layers, pivots, sums, strict=True):
-            end = start + layer.shape[1]
-            _pack_samples(layer.unsqueeze(2), pivot, first, block[:, start:end], of_layer, norms[: block.shape[0]])
-            start = end
-        left, right = (block[:, :d], block[:, :d]) if own else (block[:, : widths[0]], block[:, widths[0] : d])
-        for rows in _strips(d, device) if own else (slice(widths[0]),):
-            column = rows.start if own else 0
-            to, a, b = total[rows, column:], left[:, rows].T, right[:, column:]
-            if wide:
-                to.addmm_(a, b)
-            else:
-                _add_wide_(to, a @ b)
-    return total, [s[:-1] for s in sums]
+    shape = (sum(widths), sum(widths)) if own else widths
+    total = torch.zeros(shape, dtype=torch.float64, device=device)
+    for first in range(0, n, panel.shape[0]):
+        block = panel[: n - first]
+        parts = block.split(widths, 1)
+        for layer, pivot, of_layer, part in zip(layers, pivots, sums, parts, strict=True):
+            _pack_samples(layer.unsqueeze(2), pivot, first, part, of_layer, norms[: n - first])
+        add_products_(total, *((block, block) if own else parts))
+    return total, sums
 
 
 def _centred(x: Tensor, mean: Tensor, part: slice) -> Tensor:
@@ -147,45 +164,67 @@ def centred_norms(x: Tensor, mean: Tensor) -> Tensor:
     return norms
 
 
+def _factors(width: int, first: Tensor | None, second: Tensor | None) -> list[tuple[slice, Tensor]]:
+    """Columns of a panel, and what they are multiplied by: the first `width` ones and the others, together if they may."""
+    if first is not None and second is not None:
+        return [(slice(None), torch.cat([first, second]))]
+    both = ((slice(width), first), (slice(width, None), second))
+    return [(columns, factor) for columns, factor in both if factor is not None]
+
+
 def _pulled_back(
-    x: Tensor,
-    mean: Tensor,
-    own: Tensor | None,
-    norms: Tensor | None,
-    other: Tensor | None,
-    mean_other: Tensor,
-    cross: Tensor | None,
-) -> Tensor:
-    """The gradient of x, of that of its scatter matrix, of its norms, and of its scatter with the other layer, [d, d_other]."""
-    result = torch.empty_like(x)
-    factor = None if own is None else own + own.mT
-    shift = None
-    if norms is not None:  # those of the norms don't sum up to 0 by themselves
-        shift = torch.zeros_like(mean[0])
-        for part in _slices(*x.shape):
-            shift += norms[part] @ _centred(x, mean, part)
-        shift *= 2 / x.shape[0]
-    for part in _slices(x.shape[0], x.shape[1] + mean_other.shape[-1]):
-        centred = _centred(x, mean, part)
-        gradient = torch.zeros_like(centred) if factor is None else centred @ factor
-        if norms is not None and shift is not None:
-            gradient += 2 * norms[part].unsqueeze(1) * centred - shift
-        if cross is not None and other is not None:
-            gradient += _centred(other, mean_other, part) @ cross.mT
-        result[part] = gradient
-    return result
+    layers: list[Tensor],
+    means: list[Tensor],
+    factors: list[list[tuple[slice, Tensor]]],
+    norms: list[Tensor | None],
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of the layers that are wanted: of the centred layers beside each other some columns times a factor.
+
+    norms: besides, the gradients of the squared lengths of each layer's centred samples, [n], or of their sum, [].
+    """
+    n, widths = layers[0].shape[0], [t.shape[1] for t in layers]
+    results = [torch.empty_like(t) if has else None for t, has in zip(layers, wanted, strict=True)]
+    panel, lengths = _panel(n, sum(widths), torch.float64, layers[0].device)
+    sums = [t.new_empty(t.shape[1] + 1, dtype=torch.float64) for t in layers]
+    shifts = [torch.zeros_like(mean[0]) for mean in means]
+    for i, of_norms in enumerate(norms):
+        if of_norms is not None and of_norms.dim():  # those of single norms don't sum up to 0 by themselves
+            for part in _slices(*layers[i].shape):
+                shifts[i] -= of_norms[part] @ _centred(layers[i], means[i], part)
+            shifts[i] *= 2 / n
+    for first in range(0, n, panel.shape[0]):
+        block, part = panel[: n - first], slice(first, first + panel.shape[0])
+        centred = block.split(widths, 1)
+        for layer, mean, of_layer, to in zip(layers, means, sums, centred, strict=True):
+            _pack_samples(layer.unsqueeze(2), mean[0], first, to, of_layer, lengths[: n - first])
+            to.sub_(mean[1])
+        for result, shift, of_result, of_norms, own in zip(results, shifts, factors, norms, centred, strict=True):
+            if result is None:
+                continue
+            gradient = shift.expand(block.shape[0], -1).clone()
+            for columns, factor in of_result:
+                add_products_(gradient, block[:, columns].T, factor)
+            if of_norms is not None:
+                gradient.addcmul_(own, of_norms[part].unsqueeze(1) if of_norms.dim() else of_norms, value=2)
+            result[part] = gradient
+    return results
 
 
 class _Scatter(torch.autograd.Function):
-    """(xx, xy, yy, k, l, mean_x, mean_y): k and l are the squared lengths of the centred samples, if wanted; y None: y is x."""
+    """(xx, xy, yy, k, l, mean_x, mean_y); y None: y is x.
+
+    k and l are the squared lengths of the centred samples if norms are wanted, else their sums.
+    """
 
     @staticmethod
     def forward(x: Tensor, y: Tensor | None, precision: str, own: bool, norms: bool) -> tuple[Tensor, ...]:
-        xx, xy, yy, mean_x, mean_y = scatter(x, y, precision, own)
+        xx, xy, yy, k, l, mean_x, mean_y = scatter(x, y, precision, own)  # noqa: E741
+        if norms:
+            k = centred_norms(x, mean_x)
+            l = centred_norms(y, mean_y) if y is not None else l  # noqa: E741
         if y is None:
-            xy, yy, mean_y = (t.new_empty(0) for t in (xy, yy, mean_y))
-        k = centred_norms(x, mean_x) if norms else mean_x.new_empty(0)
-        l = centred_norms(y, mean_y) if norms and y is not None else mean_x.new_empty(0)  # noqa: E741
+            xy, yy, l, mean_y = (t.new_empty(0) for t in (xy, yy, l, mean_y))  # noqa: E741
         return xx, xy, yy, k, l, mean_x, mean_y
 
     @staticmethod
@@ -204,12 +243,14 @@ class _Scatter(torch.autograd.Function):
         def formula(x: Tensor, y: Tensor | None, mean_x: Tensor, mean_y: Tensor, *present: Tensor) -> tuple[Any, Any]:
             rest = iter(present)
             xx, xy, yy, k, l = (next(rest) if has else None for has in given)  # noqa: E741
+            d = x.shape[1]
+            own_x, own_y = (c if c is None else c + c.mT for c in (xx, yy))
             with exactly(x.device):
-                of_x = _pulled_back(x, mean_x, xx, k, y, mean_y, xy) if wanted[0] else None
-                of_y = None
-                if y is not None and wanted[1]:
-                    of_y = _pulled_back(y, mean_y, yy, l, x, mean_x, None if xy is None else xy.mT)
-            return of_x, of_y
+                if y is None:
+                    return _pulled_back([x], [mean_x], [_factors(d, own_x, None)], [k], wanted[:1])[0], None
+                factors = [_factors(d, own_x, xy if xy is None else xy.mT), _factors(d, xy, own_y)]
+                of_x, of_y = _pulled_back([x, y], [mean_x, mean_y], factors, [k, l], wanted[:2])
+                return of_x, of_y
 
         present = [g for g in grads[:5] if g is not None and g.numel() > 0]
         return *similarity.once(formula, x, y, mean_x, mean_y, *present), None, None, None
@@ -217,7 +258,7 @@ class _Scatter(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Scatter:
-    """Of a pair: the centred scatter matrices, the squared lengths k and l of the centred samples, if wanted, and the means."""
+    """Of a pair: the centred scatter matrices, the squared lengths k and l of the centred samples, or their sums, the means."""
 
     xx: Tensor
     xy: Tensor
@@ -229,7 +270,7 @@ class Scatter:
 
 
 def scatter_of(x: Tensor, y: Tensor, *, precision: str = "high", own: bool = True, norms: bool = False) -> Scatter:
-    """Differentiable; own=False leaves xx and yy out. If x is y nothing is computed twice."""
+    """Differentiable; own=False leaves xx and yy out, norms=True has every sample's. If x is y nothing is computed twice."""
     found = _Scatter.apply(x, None if x is y else y, precision, own or x is y, norms)
     if x is y:
         xx, _, _, k, _, mean, _ = found
@@ -247,8 +288,7 @@ def whitened_scatter(x: Tensor, y: Tensor, pair: Scatter, tx: Tensor, ty: Tensor
         for part in _slices(x.shape[0], x.shape[1] + y.shape[1]):
             panel = torch.cat([_centred(x, pair.mean_x, part) @ tx, _centred(y, pair.mean_y, part) @ ty], 1)
             sums += panel.sum(0)
-            for rows in _strips(total.shape[0], x.device):
-                total[rows, rows.start :].addmm_(panel[:, rows].T, panel[:, rows.start :])
+            add_products_(total, panel, panel)
     total.addr_(sums, sums, alpha=-1 / x.shape[0])
     return _mirrored(total[:kept, :kept]), total[:kept, kept:], _mirrored(total[kept:, kept:])
 
@@ -269,9 +309,8 @@ def inner_products(x: Tensor) -> Tensor:
     total = torch.zeros(n, n, dtype=torch.float64, device=x.device)
     with exactly(x.device):
         for columns in _slices(d, n):
-            part = _centred_columns(x, columns)
-            for rows in _strips(n, x.device):
-                total[rows, rows.start :].addmm_(part[rows], part[rows.start :].T)
+            part = _centred_columns(x, columns).T
+            add_products_(total, part, part)
     return _mirrored(total)
 
 

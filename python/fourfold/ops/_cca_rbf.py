@@ -4,6 +4,7 @@ The kernel less 1 is what is summed: a constant changes no HSIC, and wide kernel
 digits.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ _TILE = 1024
 _NEAR = 2.0**-8
 #: Distances that the median is looked for among at once.
 _COLLECTED = 1 << 22
+#: Distances that tell about where the median is: within 4 standard deviations of that guess.
+_DRAWN = 2048
 _BINS = 21  # bits
 
 
@@ -35,6 +38,7 @@ class Distances:
         step = n if n <= _DIRECT else _TILE
         self.parts = [slice(first, min(first + step, n)) for first in range(0, n, step)]
         self._kept: Tensor | None = None
+        self._memory: dict[str, Tensor] = {}
 
     def places(self) -> Iterator[tuple[slice, slice]]:
         """The tiles on and above the diagonal."""
@@ -42,8 +46,20 @@ class Distances:
             for columns in self.parts[i:]:
                 yield rows, columns
 
+    def _empty(self, name: str, rows: slice, columns: slice) -> Tensor:
+        """The memory of a tile, which is used again: fresh one costs as much as a product."""
+        shape = rows.stop - rows.start, columns.stop - columns.start
+        if name not in self._memory:
+            most = self.parts[0].stop
+            self._memory[name] = self.points.new_empty(most * most)
+        return self._memory[name][: shape[0] * shape[1]].view(shape)
+
+    def kernel(self, rows: slice, columns: slice, scale: float) -> Tensor:
+        """[rows, columns] of exp(scale * distance) - 1, until the next call."""
+        return torch.mul(self.tile(rows, columns), scale, out=self._empty("kernel", rows, columns)).expm1_()
+
     def tile(self, rows: slice, columns: slice) -> Tensor:
-        """[rows, columns]; not to be written to."""
+        """[rows, columns], until the next call; not to be written to."""
         if self._kept is not None:
             return self._kept
         result = self._tile(rows, columns)
@@ -53,12 +69,14 @@ class Distances:
 
     def _tile(self, rows: slice, columns: slice) -> Tensor:
         a, b = self.points[rows], self.points[columns]
-        lengths = self.norms[rows].unsqueeze(1) + self.norms[columns]
-        result = torch.addmm(lengths, a, b.T, alpha=-2)
-        near = result <= _NEAR * lengths
+        lengths = torch.add(self.norms[rows].unsqueeze(1), self.norms[columns], out=self._empty("lengths", rows, columns))
+        result = torch.addmm(lengths, a, b.T, alpha=-2, out=self._empty("tile", rows, columns))
+        near = result <= lengths.mul_(_NEAR)
         if rows == columns:
             near.fill_diagonal_(False)
             result.fill_diagonal_(0)
+        if not bool(near.any()):
+            return result
         i, j = near.nonzero(as_tuple=True)
         if 8 * i.numel() > result.numel():
             return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square_()
@@ -76,19 +94,47 @@ class Distances:
                 above = torch.ones_like(tile, dtype=torch.bool).triu_(1)
                 yield tile[above]
             else:
-                yield tile.flatten()
+                yield tile.flatten().clone()  # the tile's memory is used again
+
+    def _bracket(self) -> tuple[Tensor, Tensor]:
+        """Between which two numbers the squared median distance is likely to be, by distances drawn at random."""
+        n = self.points.shape[0]
+        if n * (n - 1) // 2 <= 2 * _DRAWN:
+            return self.norms.new_zeros(()), self.norms.new_full((), math.inf)
+        places = torch.randint(n, (2, _DRAWN), generator=torch.Generator().manual_seed(0)).to(self.points.device)
+        parts = [(self.points[i] - self.points[j]).square_().sum(1) for i, j in places.split(n, 1)]
+        drawn = torch.cat(parts)[places[0] != places[1]].sort().values
+        middle, off = len(drawn) // 2, 2 * math.isqrt(_DRAWN)
+        return drawn[middle - off], drawn[middle + off]
 
     def median(self) -> float:
-        """The squared median distance, the lower one of an even number: exact, by the bits of the distances.
+        """The squared median distance, the lower one of an even number: exact."""
+        n = self.points.shape[0]
+        rank = (n * (n - 1) // 2 - 1) // 2
+        low, high = self._bracket()
+        below, collected, size = 0, [], 0
+        for rows, columns in self.places():
+            tile = self.tile(rows, columns)
+            under, inside = tile < low, tile <= high
+            inside ^= under
+            if rows == columns:  # of two different samples, each pair once
+                under.triu_(1), inside.triu_(1)
+            below += int(under.count_nonzero())
+            collected.append(tile[inside])
+            size += len(collected[-1])
+            if size > _COLLECTED or below > rank:
+                return self._median_by_bits(rank)
+        if rank >= below + size:
+            return self._median_by_bits(rank)
+        return float(torch.cat(collected).kthvalue(rank - below + 1).values)
+
+    def _median_by_bits(self, rank: int) -> float:
+        """The squared distance that so many are before.
 
         The bits of a positive number are in its order. A histogram of the leading ones tells where to look on; after two
         or three of them the number is known.
         """
-        n = self.points.shape[0]
-        count = n * (n - 1) // 2
-        rank, prefix = (count - 1) // 2, 0
-        if count <= _COLLECTED:
-            return float(torch.cat(list(self._values())).kthvalue(rank + 1).values)
+        prefix = 0
         for shift in (2 * _BINS, _BINS, 0):
             bins = torch.zeros(1 << _BINS, dtype=torch.int64, device=self.points.device)
             for values in self._with_prefix(prefix, shift + _BINS):
@@ -124,13 +170,13 @@ class _Sums(torch.autograd.Function):
         with exactly(x.device):
             for rows, columns in of_x.places():
                 twice = 1 if rows == columns else 2
-                a = torch.expm1(of_x.tile(rows, columns) * scale_x)
-                kk += twice * (a * a).sum()
+                a = of_x.kernel(rows, columns, scale_x)
+                kk += twice * torch.dot(a.view(-1), a.view(-1))
                 _add_rows(k, a, rows, columns)
                 if of_y is not None:
-                    b = torch.expm1(of_y.tile(rows, columns) * scale_y)
-                    ll += twice * (b * b).sum()
-                    kl += twice * (a * b).sum()
+                    b = of_y.kernel(rows, columns, scale_y)
+                    ll += twice * torch.dot(b.view(-1), b.view(-1))
+                    kl += twice * torch.dot(a.view(-1), b.view(-1))
                     _add_rows(l, b, rows, columns)
         return kk, kl, ll, k, l
 
@@ -149,8 +195,8 @@ class _Sums(torch.autograd.Function):
             to_y = None if of_y is None else torch.zeros_like(of_y.points)
             with exactly(x.device):
                 for rows, columns in of_x.places():
-                    a = torch.expm1(of_x.tile(rows, columns) * scale_x)
-                    b = None if of_y is None else torch.expm1(of_y.tile(rows, columns) * scale_y)
+                    a = of_x.kernel(rows, columns, scale_x)
+                    b = None if of_y is None else of_y.kernel(rows, columns, scale_y)
                     if wanted[0]:
                         weight = 4 * kk * a + (k[rows].unsqueeze(1) + k[columns])
                         weight = weight if b is None else weight + 2 * kl * b

@@ -72,16 +72,16 @@ def pooled(x: Tensor, grid: tuple[int, ...]) -> Tensor:
     return result
 
 
-def _some(x: Tensor) -> Tensor:
+def _some(x: Tensor, samples: int = _SAMPLES) -> Tensor:
     """Some items of [N, C, S], all of their samples, in float64."""
-    items = max(1, _SAMPLES // max(1, x.shape[2]))
+    items = max(1, samples // max(1, x.shape[2]))
     return x[:: max(1, len(x) // items)].double()
 
 
 def pivot_of(x: Tensor) -> Tensor:
     """[C]: near each feature's mean over the samples [N, C, S], which is all that is needed, and exactly a constant one."""
     first = x[:1, :, :1].double()
-    return (first + (_some(x) - first).mean((0, 2), keepdim=True)).flatten()
+    return (first + (_some(x, _SAMPLES // 4) - first).mean((0, 2), keepdim=True)).flatten()
 
 
 def near_zero(x: Tensor) -> bool:

@@ -407,12 +407,11 @@ def procrustes(x: Tensor, y: Tensor) -> Tensor:
     op = "procrustes"
     n = _check_pair(op, x, y)
     few = [rotated(t) if n <= t.shape[1] else t for t in ((x,) if x is y else (x, y))]
-    pair = scatter_of(few[0], few[-1], own=False, norms=True)
-    powers = [pair.k.sum(), pair.l.sum()]
-    for name, power in zip(("x", "y"), powers, strict=True):
+    pair = scatter_of(few[0], few[-1], own=False)
+    for name, power in (("x", pair.k), ("y", pair.l)):
         if not bool(power > 0):
             similarity.refuse_constant(op, name)
-    size = powers[0].sqrt() * powers[1].sqrt()
+    size = pair.k.sqrt() * pair.l.sqrt()
     return similarity.nuclear_norm(pair.xy, size) / size
 
 

@@ -341,6 +341,7 @@ def _of_scatter(layers: Sequence[Tensor], labels: Sequence[str], fast: bool) -> 
         with exactly(device):
             pivots = [pivot_of(x.unsqueeze(2)) for x in layers]
             scatter, sums = _products(layers, pivots, precision, True)
+            sums = [s[:-1] for s in sums]
             shift = torch.cat(sums)
             scatter.addr_(shift, shift, alpha=-1 / n)
         means = [torch.stack([p, s / n]) for p, s in zip(pivots, sums, strict=True)]
