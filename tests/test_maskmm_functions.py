@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from battery import FLOATING, assert_same
 from fourfold.ops.maskmm import (
+    _apply_mask,
     bernoulli_mask,
     masked_conv2d,
     masked_linear,
@@ -22,6 +23,7 @@ from fourfold.ops.maskmm import (
 )
 from test_maskmm import OPTIONS, keeping, randn, random_mask
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 # Of torch's about itself, where it compiles an autograd.Function.
@@ -580,6 +582,56 @@ def test_any_form_of_mask():
     assert all(torch.equal(result, results[0]) for result in results[1:])
     strided = pack_mask(mask).t().contiguous().t()
     assert torch.equal(masked_conv2d(x, weight, strided, bias), results[0])
+
+
+class Names(TorchDispatchMode):
+    """Keeps the names of the ops that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_pad_bits_are_looked_at_once():
+    """Until somebody changes the mask, or has it for other columns."""
+    x, weight, _, _ = tensors("linear")
+    bits = pack_mask(random_mask(9, 70))
+    masked_linear(x, weight, bits)
+    with Names() as again:
+        masked_linear(x, weight, bits)
+    assert again.names == ["fourfold::_masked_linear"]
+    with pytest.raises(ValueError, match="mask has bits set beyond its 65 columns"):
+        masked_linear(x[:, :65], weight[:, :65], bits)
+    bits[3, 15] = 1
+    with pytest.raises(ValueError, match="mask has bits set beyond its 70 columns"):
+        masked_linear(x, weight, bits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_eager_gradients_are_recorded_by_the_quick_function(kind):
+    """Not by torch.library's; without gradients nothing is recorded."""
+    x, weight, _, _ = tensors(kind)
+    bits = pack_mask(random_mask(*weight.shape))
+    assert MASKED[kind](x, weight, bits).grad_fn is None
+    recorded = MASKED[kind](x, weight.requires_grad_(), bits).grad_fn
+    assert recorded.name() == {"linear": "_masked_linearBackward", "conv2d": "masked_conv2dBackward"}[kind]
+    with torch.no_grad():
+        assert MASKED[kind](x, weight, bits).grad_fn is None
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_traces():
+    """The op is in the trace, where a Python function could not be saved."""
+    _, weight, _, _ = tensors("linear")
+    bits = pack_mask(random_mask(9, 70))
+    options = None, False, "", torch.float64
+    traced = torch.jit.trace(lambda w: _apply_mask(w, bits, *options), (weight.requires_grad_(),), check_trace=False)
+    assert "fourfold::_apply_mask" in {node.kind() for node in traced.inlined_graph.nodes()}
+    assert torch.equal(traced(2 * weight), _apply_mask(2 * weight, bits, *options))
 
 
 def test_gradients_flow_through_inference_made_masks():

@@ -399,6 +399,21 @@ def test_a_mask_changed_in_secret_stays_in_bounds(form, batch):
                 use()
 
 
+def test_a_mask_that_is_known_is_not_looked_through_again(monkeypatch):
+    bits = pack(some_mask(6, 70))
+    values = randn(int(some_mask(6, 70).sum()))
+    SparseWeight(values, bits, (6, 70), "csr16")
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("looked through again")
+
+    monkeypatch.setattr(maskmm_sparse, "packed_bits", refuse)
+    SparseWeight(values, bits, (6, 70), "csr16")
+    bits[0, 0] ^= 1
+    with pytest.raises(AssertionError, match="looked through again"):
+        SparseWeight(values, bits, (6, 70), "csr16")
+
+
 def test_a_dense_weight_is_of_its_own_mask():
     """Not of one whose memory it was given, nor of another shape."""
     values, x = randn(40, dtype=F32), randn(3, 70, dtype=F32)

@@ -56,7 +56,7 @@ Tensor new_bits(const Tensor& like, const Rows& rows) {
   return torch::stable::new_empty(like, {rows.n, row_bytes(rows.k)}, ScalarType::Byte);
 }
 
-Tensor dense(const Tensor& x) { return torch::stable::contiguous(x); }
+Tensor dense(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 // ---- bits ----------------------------------------------------------------------------------------------------------------
 
@@ -394,6 +394,14 @@ class MaskGradients {
     if (m.rescale == Rescale::dwr_grad && of_scores) dots_.assign(m.rows.n, 0.0);
   }
 
+  // The one gradient that is wanted, if it is of this type and [N, K]: what `add` takes may lie there, and is worked on in
+  // place.
+  Optional home(ScalarType type) const {
+    const Tensor& only = of_weight_ ? weight : scores;
+    if (of_weight_ == of_scores_ || only.scalar_type() != type || only.dim() != 2) return std::nullopt;
+    return only;
+  }
+
   // grad [rows, K], contiguous: rows first, first + 1, … of the effective weight's gradient.
   void add(const Tensor& grad, int64_t first) {
     if (m_.element == kDouble) {
@@ -515,8 +523,16 @@ int64_t tile_of(int64_t bytes, int64_t length, int64_t element_size, int64_t all
   return std::min(std::max<int64_t>(fitting, 64), all);
 }
 
+// x[.., begin : begin + length, ..] along a dimension; x itself where that is all of it.
+Tensor part_of(const Tensor& x, int64_t dim, int64_t begin, int64_t length) {
+  if (length == x.size(dim)) return x;
+  Tensor whole = x;
+  return torch::stable::narrow(whole, dim, begin, length);
+}
+
 // [.., K] as [M, K], with rows that GEMM can read.
 Tensor flat(const Tensor& x, int64_t k) {
+  if (x.dim() == 2) return dense(x);
   int64_t m = 1;
   for (int64_t d = 0; d + 1 < x.dim(); ++d) m *= x.size(d);
   return torch::stable::view(dense(x), {m, k});
@@ -552,7 +568,7 @@ Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& bits, 
   }
   const Tensor result = torch::stable::new_empty(x, with_last(x, n));
   if (result.numel() == 0) return result;
-  Tensor x2 = flat(x, k), y = torch::stable::view(result, {x2.size(0), n});
+  Tensor x2 = flat(x, k), y = flat(result, n);
   Optional addend = bias;
   // A rescaled weight is no number of its 16-bit type.
   const bool wide = is_16_bit(x) && masked.rescale != Rescale::none && weight.scalar_type() == x.scalar_type();
@@ -570,13 +586,8 @@ Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& bits, 
       masked.apply(kernel, masked.weight_at(first + begin, 0), k * weight.element_size(), first + begin, first + end, 0, k,
                    mutable_bytes_of(scratch) + begin * row, row);
     });
-    Optional part;
-    if (addend) {
-      Tensor whole = *addend;
-      part = torch::stable::narrow(whole, 0, first, rows);
-    }
-    Tensor out = y;
-    aten::linear_out(x2, torch::stable::narrow(scratch, 0, 0, rows), part, torch::stable::narrow(out, 1, first, rows));
+    const Optional part = addend ? Optional(part_of(*addend, 0, first, rows)) : std::nullopt;
+    aten::linear_out(x2, part_of(scratch, 0, 0, rows), part, part_of(y, 1, first, rows));
   }
   if (wide) narrow_into(y, result);
   return result;
@@ -593,23 +604,25 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward(const Tensor& grad, co
   require(grad.scalar_type() == x.scalar_type(), op, ": grad must be of the type of x");
   require(wanted.size() == 3, op, ": wanted must be three bools");
   MaskGradients gradients(op, masked, slope, wanted[1], wanted[2]);
-  Tensor x2 = flat(x, k), grad2 = flat(grad, n);
+  const Tensor x2 = flat(x, k), grad2 = flat(grad, n);
   require(x2.size(0) == grad2.size(0), op, ": grad ", shape_of(grad), " and x ", shape_of(x), " must have the same rows");
   const Tensor of_x = wanted[0] ? torch::stable::new_empty(x, x.sizes()) : torch::stable::new_empty(x, {0});
-  Tensor of_x2 = wanted[0] ? torch::stable::view(of_x, {x2.size(0), k}) : of_x;
+  Tensor of_x2 = wanted[0] ? flat(of_x, k) : of_x;
   if (weight.numel() == 0) {
     if (wanted[0]) torch::stable::zero_(of_x2);
     return {of_x, gradients.weight, gradients.scores};
   }
+  const bool narrow = is_16_bit(x) && weight.scalar_type() == x.scalar_type();
   // A rescaled weight is no number of its 16-bit type, and a gradient that is worked on is not rounded before.
-  const bool wide = is_16_bit(x) && weight.scalar_type() == x.scalar_type() && (masked.rescale != Rescale::none || wanted[2]);
-  if (wide) {
-    x2 = widened(x2), grad2 = widened(grad2);
-    if (wanted[0]) of_x2 = torch::stable::new_empty(x2, x2.sizes());
-  }
+  const bool wide_x = narrow && wanted[0] && masked.rescale != Rescale::none;
+  const bool wide_weight = narrow && (wanted[2] || (wanted[1] && masked.rescale != Rescale::none));
+  const Tensor wide_grad = wide_x || wide_weight ? widened(grad2) : grad2;
+  const Optional home = gradients.home(wide_weight ? ScalarType::Float : x2.scalar_type());
   if (wanted[0]) {
-    const int64_t tile = tile_of(kColumnTileBytes, n, x2.element_size(), k), row = tile * x2.element_size();
-    Tensor scratch = torch::stable::new_empty(x2, {n, tile});
+    const Tensor of = wide_x ? torch::stable::new_empty(wide_grad, of_x2.sizes()) : of_x2;
+    const int64_t tile = tile_of(kColumnTileBytes, n, of.element_size(), k), row = tile * of.element_size();
+    const bool fits = home && tile == k && home->scalar_type() == of.scalar_type();
+    const Tensor scratch = fits ? *home : torch::stable::new_empty(of, {n, tile});
     const Apply kernel = apply_kernel(op, weight, scratch);
     for (int64_t first = 0; first < k; first += tile) {
       const int64_t columns = std::min(tile, k - first);
@@ -617,21 +630,23 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward(const Tensor& grad, co
         masked.apply(kernel, masked.weight_at(begin, first), k * weight.element_size(), begin, end, first, columns,
                      mutable_bytes_of(scratch) + begin * row, row);
       });
-      aten::mm_out(grad2, torch::stable::narrow(scratch, 1, 0, columns), torch::stable::narrow(of_x2, 1, first, columns));
+      aten::mm_out(wide_x ? wide_grad : grad2, part_of(scratch, 1, 0, columns), part_of(of, 1, first, columns));
     }
+    if (wide_x) narrow_into(of, of_x);
   }
   if (wanted[1] || wanted[2]) {
-    const int64_t tile = tile_of(kRowTileBytes, k, x2.element_size(), n);
-    Tensor scratch = torch::stable::new_empty(x2, {tile, k}), across = torch::stable::transpose(grad2, 0, 1);
+    const Tensor from = wide_weight ? widened(x2) : x2;
+    const int64_t tile = tile_of(kRowTileBytes, k, from.element_size(), n);
+    const Tensor across = torch::stable::transpose(wide_weight ? wide_grad : grad2, 0, 1);
+    const Tensor scratch = home ? *home : torch::stable::new_empty(from, {tile, k});
     for (int64_t first = 0; first < n; first += tile) {
       const int64_t rows = std::min(tile, n - first);
-      const Tensor part = torch::stable::narrow(scratch, 0, 0, rows);
-      aten::mm_out(torch::stable::narrow(across, 0, first, rows), x2, part);
+      const Tensor part = part_of(scratch, 0, home ? first : 0, rows);
+      aten::mm_out(part_of(across, 0, first, rows), from, part);
       gradients.add(part, first);
     }
   }
   gradients.finish();
-  if (wide && wanted[0]) narrow_into(of_x2, of_x);
   return {of_x, gradients.weight, gradients.scores};
 }
 

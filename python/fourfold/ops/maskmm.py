@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._pages import see
 from ..reference._dtypes import accumulate_type
 from . import _checks as check
-from ._register import looped, register, transforming
+from ._register import looped, recording, register, transforming
 
 SAMPLERS = ("bernoulli", "topk", "threshold")
 RESCALES = ("dwr", "dwr_grad")
@@ -278,7 +279,7 @@ class _MaskedConvolution(torch.autograd.Function):
         wanted = [needs[0], needs[1] or of_scores, needs[3] and ctx.has_bias]
         stride, padding, dilation, groups = ctx.convolution
         effective = _effective(weight, bits, scores, signed, rescale, x.dtype)
-        of_x, of_effective, of_bias = torch.ops.aten.convolution_backward(
+        of_x, of_effective, of_bias = torch.ops.aten.convolution_backward.default(
             grad,
             x,
             effective,
@@ -324,6 +325,11 @@ class _ConvolutionWithTangents(_MaskedConvolution):
             of_weight = _straight_through_tangent(weight0, bits0, scores0, scores, slope, rescale, x0.dtype)
             parts.append(F.conv2d(x0, of_weight, None, *convolution))
         return sum(parts[1:], parts[0])
+
+
+_RecordedConvolution = recording(
+    "masked_conv2d", _MaskedConvolution.forward, _MaskedConvolution.setup_context, _MaskedConvolution.backward
+)
 
 
 def _effective(weight: Tensor, bits: Tensor, scores: Tensor | None, signed: bool, rescale: str, dtype: torch.dtype) -> Tensor:
@@ -376,13 +382,22 @@ def _soft_hint(mask: Tensor) -> str:
     )
 
 
+#: Packed masks that are alive and were looked through: (version, address, columns) of then.
+_clear: Any = WeakTensorKeyDictionary()
+
+
 def check_pad(op: str, bits: Tensor, k: int, name: str = "bits") -> None:
-    """Raises ValueError if a pad bit of packed rows of k is set."""
-    if not check.contents(bits) or k % 64 == 0 or bits.numel() == 0:
+    """Raises ValueError if a pad bit of packed rows of k is set; looks once, until somebody changes them."""
+    if k % 64 == 0 or not check.contents(bits) or bits.numel() == 0:
+        return
+    state = None if bits.is_inference() else (bits._version, bits.data_ptr(), k)
+    if state is not None and _clear.get(bits) == state:
         return
     whole, part = divmod(k, 8)
     if bool((bits[..., whole] >> part).any()) or bool(bits[..., whole + 1 :].any()):
         raise ValueError(f"{op}: {name} has bits set beyond its {k} columns, which must be zero; pack with pack_mask")
+    if state is not None:
+        _clear[bits] = state
 
 
 def _check_scores(op: str, scores: Any) -> None:
@@ -854,6 +869,13 @@ def supermask_conv2d(
 def _masked_convolution(x: Tensor, *args: Any) -> Tensor:
     if x.dim() == 3:
         return _masked_convolution(x[None], *args)[0]
-    function = _ConvolutionWithTangents if transforming() else _MaskedConvolution
-    y: Tensor = function.apply(x, *args)
+    y: Tensor
+    if transforming():
+        y = _ConvolutionWithTangents.apply(x, *args)
+    elif torch.compiler.is_compiling():
+        y = _MaskedConvolution.apply(x, *args)
+    elif torch.is_grad_enabled() and torch._C._any_requires_grad(x, *args):
+        y = _RecordedConvolution.apply(x, *args)
+    else:
+        y = _MaskedConvolution.forward(x, *args)
     return y

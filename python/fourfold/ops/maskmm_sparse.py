@@ -566,7 +566,7 @@ def _bits(op: str, mask: Any, like: Tensor, n: int, k: int) -> Tensor:
             return mask
     bits = packed_bits(op, mask, like.detach().new_empty(1).expand(n, k))
     if _remembers(bits):
-        _known.setdefault(bits, {})["looked_at"] = bits._version, n, k, like.device
+        _known.setdefault(bits, {})["looked_at"] = bits._version, bits.data_ptr(), n, k, like.device
     return bits
 
 
