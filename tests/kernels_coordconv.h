@@ -59,24 +59,33 @@ void test_add_map(const fourfold::coordconv::Kernels& kernels, const char* tier)
   }
 }
 
-void test_add_grad(const fourfold::coordconv::Kernels& kernels, const char* tier) {
+void test_add_grads(const fourfold::coordconv::Kernels& kernels, const char* tier) {
   for (int e = 0; e < kElements; ++e) {
     for (int64_t n : {1, 5, 8, 16, 33, 100, 259}) {
-      for (bool masked : {false, true}) {
-        const Element element = static_cast<Element>(e);
-        Buffer grad = small_values(element, n), relu = small_values(element, masked ? n : 0);
-        Buffer kept(element, masked ? n : 0), total = small_values(map_type(e), n);
-        std::vector<double> counted(n), totals(n);
-        for (int64_t i = 0; i < n; ++i) {
-          counted[i] = masked && relu.get(i) <= 0 ? 0 : grad.get(i);
-          totals[i] = total.get(i) + counted[i];
+      for (int64_t samples : {0, 1, 2, 7}) {
+        for (bool masked : {false, true}) {
+          const Element element = static_cast<Element>(e);
+          const int64_t step = n + 3, all = samples * step, beside = masked ? all : 0;
+          Buffer grad = small_values(element, all), relu = small_values(element, beside);
+          Buffer kept = small_values(element, beside), total = small_values(map_type(e), n);
+          std::vector<double> counted(beside), totals(n);
+          for (int64_t i = 0; i < beside; ++i) counted[i] = kept.get(i);
+          for (int64_t i = 0; i < n; ++i) {
+            totals[i] = total.get(i);
+            for (int64_t at = i; at < all; at += step) {
+              const double value = masked && relu.get(at) <= 0 ? 0 : grad.get(at);
+              totals[i] += value;
+              if (masked) counted[at] = value;
+            }
+          }
+          kernels.add_grads[e](grad.at(0), masked ? relu.at(0) : nullptr, masked ? kept.at(0) : nullptr, total.at(0), n,
+                               samples, step);
+          char what[200];
+          std::snprintf(what, sizeof what, "%s add_grads %s, %d x %d%s", tier, kElementName[e], static_cast<int>(samples),
+                        static_cast<int>(n), masked ? " masked" : "");
+          compare(what, total, whole(totals));
+          if (masked) compare(what, kept, whole(counted));
         }
-        kernels.add_grad[e](grad.at(0), masked ? relu.at(0) : nullptr, masked ? kept.at(0) : nullptr, total.at(0), n);
-        char what[200];
-        std::snprintf(what, sizeof what, "%s add_grad %s, %d%s", tier, kElementName[e], static_cast<int>(n),
-                      masked ? " masked" : "");
-        compare(what, total, whole(totals));
-        if (masked) compare(what, kept, whole(counted));
       }
     }
   }
@@ -134,7 +143,7 @@ void test_pieces(const fourfold::coordconv::Pieces<T>& pieces, Element type, con
 
 void test_coordconv(const fourfold::coordconv::Kernels& kernels, const char* tier) {
   test_add_map(kernels, tier);
-  test_add_grad(kernels, tier);
+  test_add_grads(kernels, tier);
   test_pieces(kernels.floats, kFloat, tier);
   test_pieces(kernels.doubles, kDouble, tier);
 }

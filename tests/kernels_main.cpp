@@ -410,14 +410,14 @@ void test_transforms(const Kernels& kernels, const char* tier) {
 void test_normalize(const Kernels& kernels, const char* tier) {
   for (int e = 0; e < kElements; ++e) {
     for (int64_t blocks : {1, 3, 16, 65, 130}) {
-      for (int variant = 0; variant < 6; ++variant) {
-        const bool planar = variant % 2 == 0;
-        const int every = variant / 2 == 0 ? 1 : variant / 2 == 1 ? 3 : 64;
+      for (int variant = 0; variant < 12; ++variant) {
+        const bool planar = variant % 2 == 0, stream = variant >= 6;
+        const int kind = variant % 6 / 2, every = kind == 0 ? 1 : kind == 1 ? 3 : 64;
         const Element element = static_cast<Element>(e), work = element == kDouble ? kDouble : kFloat;
         std::vector<int16_t> slots(64, -1);
         int64_t kept = 0;
         for (int f = 0; f < 64; ++f) {
-          const int frequency = variant == 0 || variant == 1 ? f : 63 - f;  // in order, or not
+          const int frequency = kind == 0 ? f : 63 - f;  // in order, or not
           if (frequency % every == 0) slots[frequency] = static_cast<int16_t>(kept++);
         }
         // Off by one: nothing aligns them to more than an element.
@@ -431,7 +431,7 @@ void test_normalize(const Kernels& kernels, const char* tier) {
           encode(work, random_value(), mean.at(f));
           encode(work, (1 + random_below(8)) / 16.0, factor.at(f));
         }
-        const Normalize n{table.at(0), mean.at(0), factor.at(0), slots.data(), kept, planar, blocks};
+        const Normalize n{table.at(0), mean.at(0), factor.at(0), slots.data(), kept, planar, stream, blocks};
         // Backwards, as the blocks of a mirrored row lie.
         std::vector<const int16_t*> where;
         for (int64_t k = 0; k < blocks; ++k) where.push_back(coefs + (blocks - 1 - k) * 64);

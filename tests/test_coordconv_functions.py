@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from battery import assert_close, assert_same
 from fourfold import CoordSpec
+from fourfold.ops import coordconv
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_coordconv import in_channels_last, randn
@@ -491,9 +492,12 @@ def test_add_coords(size, dtype):
     for order, position, norm, r in itertools.product(("ij", "ji"), ("append", "prepend"), NORMS, RADII):
         spec = CoordSpec(order, position, norm, r)
         coords = coordinates(size, spec).to(dtype)
-        for x in (randn(2, 3, *size, dtype=dtype), in_channels_last(randn(2, 3, *size, dtype=dtype), 1)):
+        for channels, last in ((3, False), (3, True), (6, True)):  # in channels_last order, few go another way than many
+            x = randn(2, channels, *size, dtype=dtype)
+            x = in_channels_last(x, 1) if last else x
             result = ff.add_coords(x, spec)
-            own, added = (result[:, :3], result[:, 3:]) if position == "append" else (result[:, -3:], result[:, :-3])
+            parts = (result[:, :channels], result[:, channels:])
+            own, added = parts if position == "append" else (result[:, -channels:], result[:, :-channels])
             assert result.dtype == dtype
             assert torch.equal(own, x)
             torch.testing.assert_close(added, coords.expand_as(added), rtol=torch.finfo(dtype).eps, atol=1e-7)
@@ -511,15 +515,29 @@ def test_add_coords_of_presets(preset):
 @pytest.mark.parametrize("position", ["append", "prepend"])
 def test_add_coords_keeps_the_memory_order(position):
     spec = CoordSpec(position=position)
-    for shape, order in (((2, 3, 5, 6), torch.channels_last), ((2, 3, 4, 5, 6), torch.channels_last_3d)):
-        x = randn(*shape)
-        assert ff.add_coords(x, spec).is_contiguous()
-        assert ff.add_coords(x.contiguous(memory_format=order), spec).is_contiguous(memory_format=order)
+    for channels in (3, 6):
+        for size, order in (((5, 6), torch.channels_last), ((4, 5, 6), torch.channels_last_3d)):
+            x = randn(2, channels, *size)
+            assert ff.add_coords(x, spec).is_contiguous()
+            assert ff.add_coords(x.contiguous(memory_format=order), spec).is_contiguous(memory_format=order)
 
 
-def test_add_coords_passes_the_gradient_on():
-    x = randn(2, 3, 4, 5).requires_grad_()
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_add_coords_of_batches_of_any_size(order, monkeypatch):
+    """What is kept for one is not used for another, nor is it needed."""
+    x = randn(5, 6, 3, 4).contiguous(memory_format=order)
+    whole = ff.add_coords(x)
+    for samples in (1, 2, 5):
+        assert torch.equal(ff.add_coords(x[:samples]), whole[:samples])
+    monkeypatch.setattr(coordconv, "_KEPT_POSITIONS", 0)
+    assert torch.equal(ff.add_coords(x), whole)
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_add_coords_passes_the_gradient_on(order):
+    x = randn(2, 3, 4, 5).contiguous(memory_format=order).requires_grad_()
     result = ff.add_coords(x)
+    assert result.is_contiguous(memory_format=order)
     weights = battery.numbers(result)
     (gradient,) = torch.autograd.grad(result, x, weights)
     assert_same(gradient, weights[:, :3], "gradient")

@@ -1,6 +1,11 @@
 // The block DCT ops on CPU: checks, allocation, threads. The arithmetic is in kernels.cpp.
 #include <torch/csrc/stable/library.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <memory>
 
 #include "blockdct/cpu.h"
@@ -172,6 +177,22 @@ struct Grid {
   bool mirrored;
 };
 
+// Whether a new result lies on pages that its memory had before, by a sample of them.
+bool is_warm(const char* memory, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t kSamples = 8;
+  const int64_t page = sysconf(_SC_PAGESIZE);
+  for (int64_t i = 0; i < kSamples; ++i) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(memory) + i * (bytes / kSamples);
+    unsigned char resident = 0;
+    if (mincore(reinterpret_cast<void*>(at - at % page), page, &resident) != 0 || resident % 2 == 0) return false;
+  }
+  return true;
+#else
+  return false;
+#endif
+}
+
 // out: planes of rows x cols blocks. grid(plane) is where one comes from. mean, std: [F], or [S, F] with a row for each of S
 // planes in turn.
 template <typename T, typename GridOf>
@@ -185,9 +206,11 @@ void run_normalize(const Geometry& g, const GridOf& grid, int64_t planes, int64_
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const int64_t blocks = rows * cols;
   const int64_t plane_bytes = g.F * blocks * out.element_size(), planes_per_table = planes / qtable.size(0);
-  constexpr int64_t kChunk = 64;  // blocks; a multiple of every vector, so that chunks don't split one
+  const int64_t bytes = planes * plane_bytes;
+  const bool stream = bytes > kLargeBytes && is_warm(to, bytes);
+  constexpr int64_t kChunk = 256;  // blocks; a multiple of every vector, so that chunks don't split one
   const int64_t chunks = (blocks + kChunk - 1) / kChunk;
-  torch::stable::parallel_for(0, planes * chunks, 8, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, planes * chunks, 2, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t plane = chunk / chunks, first = chunk % chunks * kChunk;
       const int64_t last = first + kChunk < blocks ? first + kChunk : blocks;
@@ -210,6 +233,7 @@ void run_normalize(const Geometry& g, const GridOf& grid, int64_t planes, int64_
                         g.slots.data(),
                         g.F,
                         g.layout == Layout::planar,
+                        stream,
                         blocks};
       normalize(n, where, to + plane * plane_bytes, first, last);
     }

@@ -441,8 +441,13 @@ void inverse(const Plane& p, const void* coefs_, void* image_, const void* scale
   if (p.stream) stream_fence();
 }
 
-// ---- dct_normalize
-// -----------------------------------------------------------------------------------------------------------
+// ---- dct_normalize -------------------------------------------------------------------------------------------------------
+
+// A vector of a plane; `stream` counts where it fills a line, as the line's other part would come much later.
+template <typename E>
+FOURFOLD_INLINE void store_blocks(E* to, Vec<Accumulate<E>> value, bool stream) {
+  kPerLine<E> == 1 && stream ? store_stream(to, value) : store(to, value);
+}
 
 // Planes of `count` blocks, a vector's worth or fewer. Two coefficients are one number while rows of blocks turn
 // into rows of frequencies, which halves the work of turning.
@@ -465,7 +470,7 @@ FOURFOLD_INLINE void normalize_planes(const blockdct::Normalize& n, const int16_
       if (n.slots[frequency] < 0) continue;
       const Vec<float> value = (integers(pairs[k], half) * table[frequency] - mean[frequency]) * factor[frequency];
       E* to = out + n.slots[frequency] * n.blocks;
-      count == kLanes<float> ? store(to, value) : store_first(to, value, count);
+      count == kLanes<float> ? store_blocks(to, value, n.stream) : store_first(to, value, count);
     }
   }
 }
@@ -511,11 +516,12 @@ void normalize(const blockdct::Normalize& n_, const int16_t* const* coefs, void*
           for (int k = 0; k < kLanes<T>; ++k) {
             if (n.slots[f + k] < 0) continue;
             E* to = out + n.slots[f + k] * n.blocks + block;
-            count == kLanes<T> ? store(to, rows[k]) : store_first(to, rows[k], count);
+            count == kLanes<T> ? store_blocks(to, rows[k], n.stream) : store_first(to, rows[k], count);
           }
         }
       }
     }
+    if (n.stream) stream_fence();
     return;
   }
   bool in_order = n.kept == kAll;
@@ -523,7 +529,10 @@ void normalize(const blockdct::Normalize& n_, const int16_t* const* coefs, void*
   for (int64_t block = first; block < last; ++block) {
     if (in_order) {
 #pragma GCC unroll 16
-      for (int f = 0; f < kAll; f += kLanes<T>) store(out + block * kAll + f, normalized(block, f));
+      for (int f = 0; f < kAll; f += kLanes<T>) {
+        E* to = out + block * kAll + f;
+        n.stream ? store_stream(to, normalized(block, f)) : store(to, normalized(block, f));
+      }
       continue;
     }
     E row[kAll];
@@ -533,6 +542,7 @@ void normalize(const blockdct::Normalize& n_, const int16_t* const* coefs, void*
       if (n.slots[f] >= 0) out[block * n.kept + n.slots[f]] = row[f];
     }
   }
+  if (n.stream) stream_fence();
 }
 
 }  // namespace

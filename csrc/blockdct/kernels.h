@@ -50,6 +50,7 @@ struct Normalize {
   const int16_t* slots;
   int64_t kept;
   bool planar;
+  bool stream;     // write past the caches
   int64_t blocks;  // of one plane
 };
 // Blocks [first, last) of one plane whose results start at out; coefs[i] is where block first + i lies.

@@ -38,7 +38,6 @@ const Pieces<T>& pieces() {
 
 // Elements that a thread treats at a time: their part of the map stays in its first cache.
 constexpr int64_t kChunk = 2048;
-constexpr int64_t kLargeBytes = int64_t{16} << 20;
 // Below this much work a second thread costs more than it brings.
 constexpr int64_t kGrain = 32768;
 
@@ -538,27 +537,24 @@ std::tuple<Tensor, Tensor> batch_sum(const Tensor& grad, std::optional<Tensor> r
   if (!last) sizes.push_back(grad.size(1));
   for (int64_t d = 2; d < grad.dim(); ++d) sizes.push_back(grad.size(d));
   if (last) sizes.push_back(grad.size(1));
-  Tensor total = torch::stable::new_zeros(grad, sizes, accumulate_type(grad));
+  Tensor total = torch::stable::new_empty(grad, sizes, accumulate_type(grad));
   Tensor kept = relu_output ? torch::stable::empty_like(grad) : torch::stable::new_empty(grad, {0});
   const int64_t batch = grad.size(0), image = total.numel(), bytes = grad.element_size();
-  if (batch * image > 0) {
-    const AddGrad add_grad = kernels().add_grad[element_of(grad)];
-    // Beyond the caches long walks through memory count more than a sum that stays in the first of them.
-    const int64_t longest = batch * image * bytes > kLargeBytes ? 32 * kChunk : kChunk;
-    const int64_t chunk = std::max<int64_t>(256, std::min<int64_t>(longest, image / 8));
+  if (image > 0) {
+    const AddGrads add_grads = kernels().add_grads[element_of(grad)];
+    // Long walks through memory count more than a sum that stays in the first of the caches.
+    const int64_t chunk = std::max<int64_t>(256, std::min<int64_t>(8 * kChunk, image / 8));
     const int64_t chunks = (image + chunk - 1) / chunk, total_bytes = total.element_size();
     const char* from = static_cast<const char*>(grad.const_data_ptr());
     const char* mask = relu_output ? static_cast<const char*>(relu_output->const_data_ptr()) : nullptr;
     char* to = static_cast<char*>(total.mutable_data_ptr());
     char* keep = relu_output ? static_cast<char*>(kept.mutable_data_ptr()) : nullptr;
-    torch::stable::parallel_for(0, chunks, kGrain / (chunk * batch) + 1, [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, chunks, kGrain / (chunk * batch + 1) + 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t first = i * chunk, count = std::min(chunk, image - first);
-        for (int64_t b = 0; b < batch; ++b) {
-          const int64_t offset = (b * image + first) * bytes;
-          add_grad(from + offset, mask == nullptr ? nullptr : mask + offset, keep == nullptr ? nullptr : keep + offset,
-                   to + first * total_bytes, count);
-        }
+        const int64_t first = i * chunk, count = std::min(chunk, image - first), offset = first * bytes;
+        std::fill_n(to + first * total_bytes, count * total_bytes, char{0});
+        add_grads(from + offset, relu_output ? mask + offset : nullptr, relu_output ? keep + offset : nullptr,
+                  to + first * total_bytes, count, batch, image);
       }
     });
   }

@@ -185,33 +185,63 @@ void add_map(void* y_memory, const void* along_memory, const void* across_memory
 
 // ---- gradients -----------------------------------------------------------------------------------------------------------
 
-template <typename E>
-void add_grad(const void* grad_memory, const void* relu_memory, void* kept_memory, void* total_memory, int64_t n) {
+// kCount samples at a time: total is loaded and stored once for all of them, and memory is walked in as many places.
+template <int kCount, bool kRelu, typename E>
+FOURFOLD_INLINE void add_some_grads(const E* grad, const E* relu_output, E* kept, Accumulate<E>* total, int64_t n,
+                                    int64_t step) {
   using T = Accumulate<E>;
-  const E* grad = static_cast<const E*>(grad_memory);
-  const E* relu_output = static_cast<const E*>(relu_memory);
-  E* kept = static_cast<E*>(kept_memory);
-  T* total = static_cast<T*>(total_memory);
-  if (relu_output == nullptr) {
-    for_vectors<T>(
-        n, [&](int64_t i) __attribute__((always_inline)) { store(total + i, load(total + i) + load(grad + i)); },
-        [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-          store_first(total + i, load_first(total + i, count) + load_first(grad + i, count), count);
-        });
-    return;
-  }
   for_vectors<T>(
       n,
       [&](int64_t i) __attribute__((always_inline)) {
-        const Vec<T> g = load(relu_output + i) <= T{0} ? Vec<T>{} : load(grad + i);
-        store(kept + i, g);
-        store(total + i, load(total + i) + g);
+        Vec<T> sum = load(total + i);
+#pragma GCC unroll 4
+        for (int64_t at = i; at < i + kCount * step; at += step) {
+          Vec<T> g = load(grad + at);
+          if constexpr (kRelu) {
+            g = load(relu_output + at) <= T{0} ? Vec<T>{} : g;
+            store(kept + at, g);
+          }
+          sum += g;
+        }
+        store(total + i, sum);
       },
       [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-        const Vec<T> g = load_first(relu_output + i, count) <= T{0} ? Vec<T>{} : load_first(grad + i, count);
-        store_first(kept + i, g, count);
-        store_first(total + i, load_first(total + i, count) + g, count);
+        Vec<T> sum = load_first(total + i, count);
+        for (int64_t at = i; at < i + kCount * step; at += step) {
+          Vec<T> g = load_first(grad + at, count);
+          if constexpr (kRelu) {
+            g = load_first(relu_output + at, count) <= T{0} ? Vec<T>{} : g;
+            store_first(kept + at, g, count);
+          }
+          sum += g;
+        }
+        store_first(total + i, sum, count);
       });
+}
+
+template <int kCount, bool kRelu, typename E>
+FOURFOLD_INLINE void add_all_grads(const E* grad, const E* relu_output, E* kept, Accumulate<E>* total, int64_t n,
+                                   int64_t samples, int64_t step) {
+  const auto beside = [&](auto* p, int64_t sample) { return kRelu ? p + sample * step : p; };
+  int64_t s = 0;
+  for (; s + kCount <= samples; s += kCount) {
+    add_some_grads<kCount, kRelu>(grad + s * step, beside(relu_output, s), beside(kept, s), total, n, step);
+  }
+  for (; s < samples; ++s) add_some_grads<1, kRelu>(grad + s * step, beside(relu_output, s), beside(kept, s), total, n, step);
+}
+
+template <typename E>
+void add_grads(const void* grad_memory, const void* relu_memory, void* kept_memory, void* total_memory, int64_t n,
+               int64_t samples, int64_t step) {
+  const E* grad = static_cast<const E*>(grad_memory);
+  const E* relu_output = static_cast<const E*>(relu_memory);
+  E* kept = static_cast<E*>(kept_memory);
+  auto* total = static_cast<Accumulate<E>*>(total_memory);
+  if (relu_output == nullptr) {
+    add_all_grads<4, false>(grad, relu_output, kept, total, n, samples, step);
+  } else {
+    add_all_grads<2, true>(grad, relu_output, kept, total, n, samples, step);
+  }
 }
 
 // ---- pieces --------------------------------------------------------------------------------------------------------------
@@ -298,7 +328,7 @@ void sum_rows(T* out, const T* in, int64_t in_step, int64_t rows, int64_t width)
 
 extern const coordconv::Kernels coordconv_kernels = {
     {FOURFOLD_ACTIVATIONS(Half), FOURFOLD_ACTIVATIONS(BFloat16), FOURFOLD_ACTIVATIONS(float), FOURFOLD_ACTIVATIONS(double)},
-    {add_grad<Half>, add_grad<BFloat16>, add_grad<float>, add_grad<double>},
+    {add_grads<Half>, add_grads<BFloat16>, add_grads<float>, add_grads<double>},
     FOURFOLD_PIECES(float),
     FOURFOLD_PIECES(double),
 };

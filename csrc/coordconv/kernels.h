@@ -14,8 +14,10 @@ enum Activation { kNone, kRelu, kSilu, kGelu, kActivations };
 // activation of what y's type holds, into y, or into activated where that is not null. across may be null.
 using AddMap = void (*)(void* y, const void* along, const void* across, void* activated, int64_t rows, int64_t width);
 
-// n elements: total += grad; where relu_output is not null, grad counts as 0 where relu_output <= 0, and kept gets what counts.
-using AddGrad = void (*)(const void* grad, const void* relu_output, void* kept, void* total, int64_t n);
+// n elements of each sample, which lie `step` apart: total += grad, sample after sample; where relu_output is not null, grad
+// counts as 0 where relu_output <= 0, and kept gets what counts.
+using AddGrads = void (*)(const void* grad, const void* relu_output, void* kept, void* total, int64_t n, int64_t samples,
+                          int64_t step);
 
 // The pieces that maps are built from and taken apart with; strides in elements.
 template <typename T>
@@ -33,7 +35,7 @@ struct Pieces {
 
 struct Kernels {
   AddMap add_map[kElements][kActivations];
-  AddGrad add_grad[kElements];
+  AddGrads add_grads[kElements];
   Pieces<float> floats;
   Pieces<double> doubles;
 };

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..reference._dtypes import accumulate_type
+
 ORDERS = ("ij", "ji")
 POSITIONS = ("append", "prepend")
 NORMS = ("corners", "dim", "centers", "none", "corners_swapped", "corners_quarter")
@@ -277,10 +279,22 @@ def kept_radius(size: tuple[int, ...], spec: CoordSpec, dtype: torch.dtype, devi
 
 
 @lru_cache(maxsize=8)
-def kept_coordinates(size: tuple[int, ...], spec: CoordSpec, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """coordinates() kept between calls."""
+def kept_coordinates(
+    size: tuple[int, ...],
+    spec: CoordSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    channels_last: bool = False,
+    samples: int = 1,
+) -> Tensor:
+    """coordinates() kept between calls for that many samples, in one of the two memory orders: [samples, nc, *size].
+
+    A dtype of less than its accumulation type gets them rounded to that first.
+    """
     with torch.inference_mode(False), torch.no_grad():
-        return coordinates(size, spec, dtype, torch.device("cpu")).to(device)
+        coords = coordinates(size, spec, accumulate_type(dtype), torch.device("cpu")).to(device, dtype)
+        coords = coords.expand(samples, *coords.shape)
+        return coords.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else coords.contiguous()
 
 
 # ---- padding ---------------------------------------------------------------------------------------------------------

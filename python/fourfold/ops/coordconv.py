@@ -8,6 +8,7 @@ otherwise (compiling, exporting, torch.func, tensor subclasses): plain aten oper
 """
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,11 @@ def _is_channels_last(x: Tensor) -> bool:
     if x.dim() not in (4, 5) or x.is_contiguous():
         return False
     return x.is_contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+
+
+def _in_channels_last(x: Tensor) -> Tensor:
+    """x [B, C, *size] with two or three spatial axes, copied into channels_last order where it does not lie so."""
+    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
 
 
 def _image_like(grad: Tensor, dtype: torch.dtype) -> Tensor:
@@ -319,7 +325,7 @@ def _map_in_aten(
     """
     coords = coordinate_batch(convolution.geometry.size, spec, dtype, coord_weight.device)
     if channels_last:
-        coords = coords.contiguous(memory_format=torch.channels_last if coords.dim() == 4 else torch.channels_last_3d)
+        coords = _in_channels_last(coords)
     coord_weight = coord_weight.to(dtype)
     weight = coord_weight.transpose(0, 1) if convolution.transposed else coord_weight
     return convolution(convolution.padded(coords), weight, None, 1)
@@ -483,9 +489,7 @@ def _dense(t: Tensor) -> Tensor:
 
 def _dense_as(t: Tensor, like: Tensor) -> Tensor:
     """t in like's one of these orders."""
-    if not _is_channels_last(like):
-        return t.contiguous()
-    return t.contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
+    return _in_channels_last(t) if _is_channels_last(like) else t.contiguous()
 
 
 def _convolution_weight_gradient(grad: Tensor, coords: Tensor, convolution: _Convolution) -> Tensor:
@@ -948,6 +952,15 @@ def coord_conv_transpose2d(
     )  # fmt: skip
 
 
+# Positions in a batch for which coordinates are kept for every sample, as cat wants them.
+_KEPT_POSITIONS = 1 << 19
+
+
+def _copies_channels(x: Tensor) -> bool:
+    """Whether x, in channels_last order, is copied faster channel by channel than in rows; as a gradient it isn't."""
+    return x.device.type == "cpu" and x.shape[1] <= 4 and not (x.requires_grad and torch.is_grad_enabled())
+
+
 def add_coords(x: Tensor, spec: CoordSpec | None = None) -> Tensor:
     """x with its coordinate channels concatenated, for networks that want them as such; coord_conv needs no such copy.
 
@@ -971,14 +984,21 @@ def add_coords(x: Tensor, spec: CoordSpec | None = None) -> Tensor:
     size = tuple(x.shape[2:])
     if any(n < 1 for n in size):
         raise ValueError(f"{op}: every spatial size of x must be at least 1, got {tuple(x.shape)}")
-    dtype = accumulate_type(x.dtype)
-    coords = kept_coordinates(size, spec, dtype, x.device) if _is_plain(x) else coordinates(size, spec, dtype, x.device)
-    channels_last = _is_channels_last(x)
-    coords = coords.to(x.dtype)[None].expand(x.shape[0], *coords.shape)
+    channels_last, plain = _is_channels_last(x), _is_plain(x)
+    if not plain:
+        coords = coordinates(size, spec, accumulate_type(x.dtype), x.device).to(x.dtype)[None]
+    elif channels_last and _copies_channels(x):
+        coords = kept_coordinates(size, spec, x.dtype, x.device, True).expand(x.shape[0], -1, *size)
+        channels = [*x.unbind(1), *coords.unbind(1)] if spec.position == "append" else [*coords.unbind(1), *x.unbind(1)]
+        return torch.stack(channels, -1).movedim(-1, 1)
+    else:
+        samples = x.shape[0] if x.shape[0] * math.prod(size) <= _KEPT_POSITIONS else 1
+        coords = kept_coordinates(size, spec, x.dtype, x.device, channels_last, samples)
+    coords = coords.expand(x.shape[0], -1, *size)
+    # Copied for every sample: what it takes for cat to copy whole rows.
     if channels_last:
-        # Copied for every sample: what it takes for cat to copy whole rows.
-        coords = coords.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+        coords = _in_channels_last(coords)
+    elif plain:
+        coords = coords.contiguous()
     result = torch.cat([x, coords] if spec.position == "append" else [coords, x], 1)
-    if channels_last:
-        return result.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
-    return result.contiguous()
+    return _in_channels_last(result) if channels_last else result.contiguous()
