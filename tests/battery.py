@@ -453,6 +453,9 @@ def out_argument_is_refused(op: Op) -> None:
         ValueError,
         "out must not be an expanded tensor, whose elements share memory; pass out.contiguous()",
     )
+    if result.dtype in (torch.float32, torch.float64):
+        negated = torch.zeros(shape, dtype=result.dtype.to_complex()).conj().imag
+        refused(negated, ValueError, "out must not be a view that negates, as x.conj().imag is; pass out.resolve_neg()")
     autograd = (
         "out= does not support autograd, but an argument requires a gradient; call it under torch.no_grad() or without out="
     )

@@ -850,6 +850,7 @@ def test_every_refusal_is_tested():
         Refusal(TypeError, "", lambda: into(x.double())),
         Refusal(ValueError, "", lambda: into(torch.zeros(1, 1, 8, 9))),
         Refusal(ValueError, "", lambda: into(torch.zeros(1, 1, 1, 1).expand(1, 1, 8, 8))),
+        Refusal(ValueError, "", lambda: into(torch.zeros(1, 1, 8, 8, dtype=torch.complex64).conj().imag)),
         Refusal(ValueError, "", lambda: into(x)),
         Refusal(ValueError, "", lambda: into(untracked)),
         Refusal(ValueError, "", lambda: ff.nn.BlockDCT2d(scale=torch.ones(3))),
@@ -1140,6 +1141,17 @@ def test_dct_normalize_by_hand():
     result = ff.dct_normalize(coefs, torch.full((64,), 2), mean=1, std=4)
     assert result.shape == (64, 1, 1)
     assert result.flatten().tolist() == [(2 * k - 1) / 4 for k in range(64)]
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("layout", ["planar", "blocks"])
+@pytest.mark.parametrize(("dtype", "images"), [(torch.float32, 5), (torch.bfloat16, 9)])
+def test_dct_normalize_larger_than_the_caches(dtype, images, layout):
+    """The first results get memory as the system gives it, later ones such as was used before: all equal those of the parts."""
+    coefs, q = quantised(images, 120, 125, 64), table(64)
+    parts = torch.cat([ff.dct_normalize(part, q, std=3, layout=layout, dtype=dtype) for part in coefs.split(1)])
+    for _ in range(4):
+        assert torch.equal(ff.dct_normalize(coefs, q, std=3, layout=layout, dtype=dtype), parts)
 
 
 @pytest.mark.kernel

@@ -329,6 +329,13 @@ def test_integers_compile_and_map():
         assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
 
 
+def test_downscale_of_a_grid_whose_size_the_compiler_does_not_know():
+    compiled = torch.compile(dct_downscale2, fullgraph=True, dynamic=True, backend="aot_eager")
+    for grid in ((4, 4), (3, 4), (5, 7), (7, 5)):
+        coefs = randn(2, *grid, 64)
+        torch.testing.assert_close(compiled(coefs), dct_downscale2(coefs))
+
+
 @pytest.mark.parametrize("size", [(16, 32), (17, 9), (24, 25), (1, 1), (8, 40)])
 def test_half_the_chroma_of_444_is_the_chroma_of_420(size):
     """Box filter after replicating edges at full resolution, as rgb_to_dct defines it."""

@@ -117,6 +117,21 @@ def test_zeros_have_a_sign_of_their_own():
     assert kept(init, final, "large_final_diff_sign", 0.5).tolist() == [[False, True, True, False]]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cuts_almost_at_zero(dtype):
+    """A factor beyond the dtype's range; of infinite weights there is none."""
+    tiny = 1e-42 if dtype == torch.float32 else 1e-310
+    init, final = torch.arange(1.0, 9, dtype=dtype).reshape(2, 4), torch.full((2, 4), tiny, dtype=dtype)
+    final[0, 0] = 0
+    final[1, 3] = 5
+    for criterion in ("large_init_large_final", "small_init_small_final"):
+        assert kept(init, final, criterion, 0.5).sum() == 4
+    assert kept(init, final, "large_init_large_final", 0.25)[1, 3]
+    assert not kept(init, final, "large_init_large_final", 0.75)[0, 0]
+    endless = torch.full((2, 4), math.inf, dtype=dtype)
+    assert kept(endless, endless, "large_init_large_final", 0.5).sum() == 4
+
+
 def test_cuts_at_zero():
     """Where training left most weights at 0 there is no factor that aligns the cuts."""
     init, final = torch.arange(1.0, 9).reshape(2, 4), torch.zeros(2, 4)
@@ -414,6 +429,51 @@ def test_layers_whose_forward_is_not_called_are_pruned_too():
     x = torch.randn(2, 3, 8)
     with torch.no_grad():
         torch.testing.assert_close(ticket.eval()(x), ticket.train()(x))
+
+
+class Reads(nn.Module):
+    """Has layers, and reads their weights itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.last(nn.functional.linear(x, self.first.weight))
+
+
+def test_a_weight_trained_without_its_layer_is_told():
+    def train(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(torch.randn(4, 8)).square().sum().backward()
+        optimizer.step()
+
+    torch.manual_seed(0)
+    with pytest.warns(
+        UserWarning, match=r"prune_and_rewind: training changed 32 weights of first off its mask; a model that reads"
+    ):
+        ticket, _ = ff.prune_and_rewind(Reads(), train, rounds=1, rate=0.5)
+    assert not ticket.first.weight[~ticket.first.mask].any()
+
+
+def test_parametrized_layers_are_refused_where_they_would_be_pruned():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 16)), nn.ReLU(), nn.Linear(16, 3))
+    with pytest.raises(
+        ValueError, match="prune_and_rewind: the weight of 0 is parametrized, so it cannot be pruned; take that"
+    ):
+        ff.prune_and_rewind(model, lambda model: None, rounds=1, rate=0.5)
+    ticket, _ = ff.prune_and_rewind(model, lambda model: None, rounds=1, rate={"2": 0.5})
+    assert ticket[2].mask.sum() == 24
+
+
+def test_a_model_that_cannot_be_copied_is_named():
+    class Keeps(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.seen = self.weight * 2
+
+    with pytest.raises(ValueError, match=r"prune_and_rewind: Keeps cannot be copied \(Only Tensors created explicitly"):
+        ff.prune_and_rewind(Keeps(), lambda model: None, rounds=1, rate=0.5)
 
 
 class Terminal(io.StringIO):

@@ -977,6 +977,9 @@ def test_layers_with_nothing_or_nonsense_in_them() -> None:
         assert str(report) == "0  Linear -> MaskedLinear  output unchanged\n1  Linear -> MaskedLinear  output unchanged"
         model = nn.Sequential(nn.Conv2d(0, 3, 3))
         assert "CoordConv2d  output unchanged on a random input" in str(ff.swap(model, CONVS))
+    for rows in (1, 2):  # between so few the CKA says nothing: of two it is always 1
+        report = ff.swap(mlp(3, 3), LINEAR, example=torch.rand(rows, 3))
+        assert math.isnan(report.certificate["0"].cka) and "CKA" not in str(report)
     for value in (math.nan, math.inf):
         model = mlp(3, 3, 3)
         with torch.no_grad():

@@ -322,7 +322,9 @@ def _cka(pairs: Sequence[tuple[Tensor | None, Tensor | None]]) -> float:
     x, y = ([rows for rows in side if rows is not None] for side in (before, after))
     if len(x) < len(pairs) or len(y) < len(pairs) or len({rows.shape[1] for rows in x}) > 1:
         return math.nan
+    if sum(map(len, x)) < 3:  # of two rows it is 1, whatever they hold
+        return math.nan
     try:
         return float(cka(torch.cat(x), torch.cat(y)))
-    except ValueError:  # one row, or a constant layer
+    except ValueError:  # a constant layer
         return math.nan

@@ -1,12 +1,15 @@
 """Lottery tickets: train, prune, rewind, and again (Frankle and Carbin, 2019, arXiv 1803.03635)."""
 
 import copy
+import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ._progress import progress_bar
 from .nn.maskmm import MaskedConv2d, MaskedLinear
@@ -70,7 +73,12 @@ def prune_and_rewind(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: anything else, as a rate out of range, a layer name that there is not, or a model without such layers.
+        ValueError: anything else, as a rate out of range, a layer name that there is not, a parametrized weight, or a model
+            without such layers.
+
+    Warns:
+        UserWarning: training has changed weights off a mask, as happens where the model reads a weight without calling its
+            layer; what was trained then was not pruned.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{_OP}: model must be a torch.nn.Module, got {type(model).__name__}")
@@ -92,6 +100,7 @@ def prune_and_rewind(
             )
         for label, parameter in module.named_parameters(name, recurse=False):
             check.local(_OP, label, parameter)
+    _refuse_parametrized(model, rate)
     ticket, layers = _masked_copy(model)
     rates = _rates(rate, list(layers), scope)
     layers = {name: layer for name, layer in layers.items() if name in rates}
@@ -108,7 +117,9 @@ def prune_and_rewind(
             masks = {name: layer.mask_bits.clone() for name, layer in layers.items()}
             kept = sum(int(layer.mask.sum()) for layer in layers.values())
             density = kept / max(1, sum(layer.weight.numel() for layer in layers.values()))
+            ticket.zero_grad()  # what the last training left is of other masks
             history.append(Round(density, train_fn(ticket), masks))
+            _warn_of_trained(ticket, layers)
             for layer in layers.values():
                 _zero_off_mask(layer)  # a weight tied to another module's may have been trained there
             if bar is not None:
@@ -129,9 +140,37 @@ def prune_and_rewind(
 _Masked = MaskedLinear | MaskedConv2d
 
 
+def _refuse_parametrized(model: nn.Module, rate: Any) -> None:
+    """A layer whose weight is computed from other Parameters, if it is to be pruned."""
+    for name, module in model.named_modules():
+        wanted = not isinstance(rate, Mapping) or name in rate
+        if wanted and isinstance(module, (nn.Linear, nn.Conv2d)) and parametrize.is_parametrized(module, "weight"):
+            raise ValueError(
+                f"{_OP}: the weight of {name or 'the model'} is parametrized, so it cannot be pruned; take that off first, by "
+                "torch.nn.utils.parametrize.remove_parametrizations, or give rates by name, without this layer"
+            )
+
+
+def _warn_of_trained(ticket: nn.Module, layers: dict[str, _Masked]) -> None:
+    """Gradients are 0 off the mask, so what is not 0 there came by another way than the layer's own call."""
+    owners = Counter(id(p) for module in ticket.modules() for p in module._parameters.values() if p is not None)
+    for name, layer in layers.items():
+        outside = int((layer.weight.detach()[~layer.mask] != 0).sum())
+        if outside and owners[id(layer.weight)] == 1:
+            warnings.warn(
+                f"{_OP}: training changed {outside} weights of {name or 'the model'} off its mask; a model that reads a weight "
+                "without calling its layer (F.linear(x, layer.weight), layers in a plain list) trains them all, unmasked: call "
+                "the layer, as a submodule",
+                stacklevel=3,
+            )
+
+
 def _masked_copy(model: nn.Module) -> tuple[nn.Module, dict[str, _Masked]]:
     """A copy whose layers are masked, and these by name."""
-    ticket = copy.deepcopy(model)
+    try:
+        ticket = copy.deepcopy(model)
+    except RuntimeError as error:  # torch's old weight_norm keeps a tensor of a graph
+        raise ValueError(f"{_OP}: {type(model).__name__} cannot be copied ({error})") from error
     layers: dict[str, _Masked] = {}
     masked: dict[int, nn.Module] = {}
     for name, module in ticket.named_modules():

@@ -118,6 +118,8 @@ def out_tensor(op: str, out: Any, shape: tuple[int, ...], like: Any, *others: Te
         return  # memory is looked at below, and there is none yet
     if out.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(f"{op}: out is an inference tensor; write to it under torch.inference_mode(), or pass out.clone()")
+    if out.is_neg():
+        raise ValueError(f"{op}: out must not be a view that negates, as x.conj().imag is; pass out.resolve_neg()")
     if any(s == 0 and n > 1 for s, n in zip(out.stride(), out.shape, strict=True)):
         raise ValueError(f"{op}: out must not be an expanded tensor, whose elements share memory; pass out.contiguous()")
     memory = out.untyped_storage().data_ptr()

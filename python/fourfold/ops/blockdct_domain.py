@@ -81,7 +81,7 @@ def _extend(blocks: Tensor, d: Tensor, axis: int, length: int, before: int, coun
     M = (D 1) (D e_k)^T has one row, the others are zero.
     """
     grid = axis - 4
-    last, k = divmod(length - 1, 8)
+    last, k = (length - 1) // 8, (length - 1) % 8  # divmod knows no symbolic sizes
     after = count - before - last - 1
     ones = d.sum(1)  # D 1: sqrt(8) for frequency 0, else 0
     parts = [blocks.narrow(grid, 0, last)]

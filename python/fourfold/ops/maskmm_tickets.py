@@ -3,6 +3,7 @@
 They are from their definitions in the paper. A criterion is a score per weight; the largest scores are kept.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, overload
 
@@ -34,8 +35,9 @@ def _scaled(final: Tensor, init: Tensor, rank: int) -> Tensor:
 
     Then either of the two alone would cut off equally many weights.
     """
-    cut_init, cut_final = (w.kthvalue(rank).values for w in (init, final))
-    return final * torch.where(cut_final > 0, cut_init / cut_final, torch.ones_like(cut_final))
+    cut_init, cut_final = (w.kthvalue(rank).values.double() for w in (init, final))
+    ratio = torch.where(cut_final > 0, cut_init / cut_final, 1.0).nan_to_num(nan=1.0, posinf=math.inf)  # inf / inf: no ratio
+    return torch.where(final == 0, 0.0, final.double() * ratio)  # 0 stays 0 where the number is infinite
 
 
 def _score(criterion: str, init: Tensor, final: Tensor, keep: int) -> Tensor:
