@@ -9,6 +9,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import fourfold as ff
 import numpy as np
 import pytest
 import scipy.linalg
@@ -284,6 +285,34 @@ def test_rotations_change_nothing(name):
 def test_symmetric(name):
     x, y = pair(200, 7, 5)
     close(SCALARS[name](ours, y, x), SCALARS[name](ours, x, y))
+
+
+def test_pwcca_of_shared_neurons_is_the_same_in_any_basis():
+    """Of tied correlations the variates are any rotation of each other."""
+    x = randn(2000, 16) * torch.logspace(0, -1, 16, dtype=F64)
+    x[:, 3] += 2 * x[:, 0]
+    y = torch.cat([x[:, :6], randn(2000, 10)], 1)
+    expected = pwcca(x, y)
+    order, rows = torch.randperm(16), torch.randperm(2000)
+    for a, b in ((x, y @ randn(16, 16)), (x[:, order], y), (x[rows], y[rows]), (-3 * x + 1, y)):
+        close(pwcca(a, b), expected, 1e-9)
+        close(pwcca(b, a, weights="y"), expected, 1e-9)
+    close(reference.pwcca(x, y @ randn(16, 16)), expected, 1e-9)
+    close(pwcca(x, x @ randn(16, 16)), 1.0, 1e-9)
+    halves = [ff.StreamingCCA().update({"x": x[part], "y": y[part]}) for part in (slice(700), slice(700, None))]
+    close(halves[0].merge(halves[1]).compute("pwcca").matrix[0, 1], expected, 1e-9)
+
+
+def test_pwcca_of_tied_correlations_has_a_gradient():
+    """That of their sum, which is smooth: it is the same whichever variates were found."""
+    x = randn(60, 4)
+    y = torch.cat([x[:, :3] @ randn(3, 3), randn(60, 2)], 1)
+    gradients = []
+    for mixed in (y, y @ randn(5, 5)):
+        given = x.clone().requires_grad_()
+        pwcca(given, mixed).backward()
+        gradients.append(given.grad)
+    close(gradients[0], gradients[1], 1e-8)
 
 
 def test_pwcca_is_symmetric_in_its_weights():
@@ -1115,6 +1144,11 @@ def option_refusals() -> list[Refusal]:
     step[0] = 1
     three = torch.eye(4, dtype=F64)
     calls: list[tuple[type[Exception], str, Callable[[], Any]]] = [
+        (
+            ValueError,
+            "rv: x and y are on the meta device, which holds no values to compare; pass layers with data",
+            lambda: rv(X.to("meta"), Y.to("meta")),
+        ),
         (TypeError, "cca: rtol must be a number, got '0'", lambda: cca(X, Y, rtol="0")),
         (TypeError, "cca: rtol must be a number, got True", lambda: cca(X, Y, rtol=True)),
         (ValueError, f"cca: rtol must lie in [0, 1), got -0.1: {share}", lambda: cca(X, Y, rtol=-0.1)),

@@ -258,6 +258,23 @@ def test_state_dict(tmp_path: Path, stream: ff.StreamingCCA) -> None:
     assert torch.equal(matrices(again.update(extra)), matrices(stream.update(extra)))
 
 
+BROKEN = [
+    *(("widths", []), ("widths", None), ("batches", "x"), ("batches", None), ("states", None), ("states", [{}])),
+    *(("version", torch.ones(2)), ("pairs", 3), ("spaces", None), ("spaces", {})),
+]
+
+
+@pytest.mark.parametrize(
+    ("conv", "key", "value"), [*(("channels", *change) for change in BROKEN), *(("dft", *change) for change in BROKEN[:8])]
+)
+def test_a_broken_state_is_told_and_changes_nothing(conv: str, key: str, value: object) -> None:
+    stream = ff.StreamingCCA(conv=conv).update({"x": torch.randn(30, 2, 3, 4), "y": torch.randn(30, 2, 3, 4)})
+    before = stream.state_dict()["states"][0]["tensors"][0].clone()
+    with pytest.raises(ValueError, match="load_state_dict: state must be what StreamingCCA"):
+        stream.load_state_dict({**stream.state_dict(), key: value})
+    assert torch.equal(stream.state_dict()["states"][0]["tensors"][0], before)
+
+
 def process(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
@@ -366,6 +383,11 @@ UPDATES = {
         ValueError,
         "layers must be on one device, got ['cpu', 'meta']; move them with .to(device)",
     ),
+    "meta": (
+        {"a": X.to("meta")},
+        ValueError,
+        "layers are on the meta device, which holds no values; pass activations with data",
+    ),
 }
 
 
@@ -468,6 +490,44 @@ def test_fast_refuses_what_float32_cannot_square(scale: float, dtype: torch.dtyp
     still = ff.StreamingCCA(precision="fast").update({"x": x, "y": torch.full((500, 4), 1e-30)})
     with pytest.warns(UserWarning, match="same value in every sample"):
         assert still.compute("cka").matrix[0, 1].isnan()
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200])
+def test_refuses_what_float64_cannot_square(scale: float) -> None:
+    stream = ff.StreamingCCA().update({"x": torch.randn(50, 4), "y": torch.randn(50, 3, dtype=torch.float64) * scale})
+    for method in ("cca", "svcca", "pwcca", "cka", "procrustes"):
+        with pytest.raises(ValueError, match="the squares of layer 'y' must lie in the range of float64, got a sum of"):
+            stream.compute(method)
+    images = {name: torch.randn(40, 2, 3, 4, dtype=torch.float64) * size for name, size in (("x", 1.0), ("y", scale))}
+    with pytest.raises(ValueError, match="the squares of layer 'y' must lie in the range of float64"):
+        ff.StreamingCCA(conv="dft").update(images).compute("dft_cca")
+
+
+@pytest.mark.parametrize("conv", ["channels", "dft"])
+def test_inference_mode(conv: str) -> None:
+    """What was summed under it is added to without it, and the other way round."""
+
+    def batch(seed: int) -> dict[str, Tensor]:
+        torch.manual_seed(seed)
+        return {"x": torch.randn(9, 2, 3, 4), "y": torch.randn(9, 3, 3, 4)}
+
+    expected = ff.StreamingCCA(conv=conv)
+    for seed in range(5):
+        expected.update(batch(seed))
+    with torch.inference_mode():
+        first, second = (ff.StreamingCCA(conv=conv).update(batch(seed)) for seed in (0, 1))
+    first.update(batch(2)).merge(second)
+    with torch.inference_mode():
+        first.update(batch(3))
+        third = ff.StreamingCCA(conv=conv).update(batch(4))
+        first.merge(ff.StreamingCCA(conv=conv).load_state_dict(third.state_dict()))
+    method = "dft_cca" if conv == "dft" else "cca"
+    torch.testing.assert_close(first.compute(method).matrix, expected.compute(method).matrix, rtol=0, atol=1e-12)
+    metric = ff.metrics.CCAMetric()
+    with torch.inference_mode():
+        metric.update(*batch(0).values())
+    metric.update(*batch(1).values())
+    assert metric.compute().isfinite()
 
 
 def test_dead_neurons_and_low_precision() -> None:

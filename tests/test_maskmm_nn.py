@@ -693,6 +693,15 @@ def test_banks_grow():
         assert_same(other(x), layer(x), f"from {tasks} tasks")
 
 
+def test_a_task_added_in_inference_mode_can_be_trained_with():
+    layer = ff.nn.SuperposedLinear(8, 4)
+    with torch.inference_mode():
+        layer.add_task(torch.rand(4, 8) < 0.5)
+    x = torch.randn(3, 8, requires_grad=True)
+    layer(x, torch.zeros(3, dtype=torch.int64)).sum().backward()
+    assert x.grad is not None and bool(x.grad.any())
+
+
 def test_superposed_refuses():
     layer, x = ff.nn.SuperposedLinear(K, N, masks=some_mask(3, N, K)), torch.randn(5, K)
     name = "SuperposedLinear"

@@ -959,8 +959,9 @@ class SuperposedLinear(_Plain, nn.Linear):
             ValueError: it is made for another weight.
         """
         bits = _bits(f"{type(self).__name__}.add_task", mask, self.weight)
-        self.mask_bits = torch.cat([self.mask_bits, bits[None]])
-        self.alpha = self._uniform(self.num_tasks)
+        with torch.inference_mode(False):  # to be trained with later, wherever it is added
+            self.mask_bits = torch.cat([self.mask_bits, bits[None]])
+            self.alpha = self._uniform(self.num_tasks)
         return self.num_tasks - 1
 
     def _of_task(self, task: Any) -> Tensor:

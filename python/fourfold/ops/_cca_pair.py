@@ -103,7 +103,7 @@ def scatter(x: Tensor, y: Tensor | None, precision: str, own: bool = True) -> tu
             total, sums = _products(layers, pivots, precision, own)
     if precision == "fast" and own:
         traces = (part.sum() for part in total.diagonal().split([t.shape[1] for t in layers]))
-        if any(similarity.beyond_float32(trace, n) for trace in traces):
+        if any(similarity.beyond_range(trace, n, "fast") for trace in traces):
             return scatter(x, y, "high")
     means = [torch.stack([p, s[:-1] / n]) for p, s in zip(pivots, sums, strict=True)]
     powers = [s[-1] - s[:-1] @ m[1] for s, m in zip(sums, means, strict=True)]

@@ -27,6 +27,9 @@ _OURS = (__name__.split(".")[0] + ".", "torch._dynamo.")
 #: read the data again does so above this.
 REFINE = 2.0**-31
 
+#: Correlations nearer to each other than this are tied: in the sums of one pass, single ones are not known better.
+TIED = 1e-8
+
 #: The condition number of the data up to which float32 blocks are enough; their error grows with its square.
 FAST_KAPPA = 100.0
 
@@ -79,9 +82,12 @@ def warn_condition(op: str, name: str, whitener: "Whitener", stacklevel: int | N
         )
 
 
-def beyond_float32(power: Tensor, n: int) -> bool:
-    """Whether sums of float32 products with this trace left their range, or are so small that the smaller ones were lost."""
-    return not n * 2.0**-100 < float(power) < math.inf
+def beyond_range(power: Tensor, n: int, precision: str) -> bool:
+    """Whether sums of products with this trace left their range, or are so small that the smaller ones were lost.
+
+    Of float32 products with precision "fast", else of float64.
+    """
+    return not n * 2.0 ** (-100 if precision == "fast" else -930) < float(power) < math.inf
 
 
 def warn_constant(op: str, names: list[Any], found: str = "are NaN (0 / 0)") -> None:
@@ -388,13 +394,25 @@ def mean_r2(rho: Tensor, wx: Whitener, wy: Whitener) -> Tensor:
     return rho.square().sum(-1) / torch.minimum(wx.ranks, wy.ranks).clamp(min=1)
 
 
-def pwcca_weights(scatter: Tensor, w: Whitener, directions: Tensor) -> Tensor:
-    """The weights [..., k] of the correlations: how much of the layer's neurons lies along each canonical variate.
+def pwcca_weights(scatter: Tensor, w: Whitener, directions: Tensor, rho: Tensor) -> Tensor:
+    """The weights [k] of the correlations rho [k]: how much of the layer's neurons lies along each canonical variate.
 
-    scatter: of the layer; directions: [..., r, k], its singular vectors of the whitened cross scatter. Sum_j |<h_i, z_j>| is a
+    scatter: of the layer; directions: [r, k], its singular vectors of the whitened cross scatter. Sum_j |<h_i, z_j>| is a
     function of the scatter alone, because h = Z root u.
+
+    Of tied correlations any rotation of the variates is as good, and would have other weights. Those taken are the principal
+    directions of the neurons' projections on the variates, whose weights no order, scale or map of the data changes; they
+    share them evenly, so that the gradient is that of the sum of these correlations.
     """
-    return (directions.mH @ (w.root.mH @ scatter.detach())).abs().sum(-1)
+    projections = directions.mH @ (w.root.mH @ scatter.detach())
+    weights = projections.abs().sum(-1)
+    apart = (rho.detach()[:-1] - rho.detach()[1:] > TIED).tolist()
+    ends = [i + 1 for i, is_apart in enumerate(apart) if is_apart]
+    for first, last in zip([0, *ends], [*ends, len(rho)], strict=True):
+        if last - first > 1:
+            _, s, vh = torch.linalg.svd(projections[first:last], full_matrices=False)
+            weights[first:last] = (s @ vh.abs()).sum() / (last - first)
+    return weights
 
 
 def projection_weighted(
@@ -407,17 +425,14 @@ def projection_weighted(
     *,
     weights: str = "x",
 ) -> Tensor:
-    """PWCCA [...]: the mean of the correlations weighted by x's or y's neurons, or with "both" the two, [..., 2]."""
+    """PWCCA of one pair: the mean of the correlations weighted by x's or y's neurons, or with "both" the two, [2]."""
     rho, u, vh = _correlations(xx, xy, yy, wx, wy, whitened, vectors=True)
-    # In a batch, singular vectors beyond a pair's own ranks are any that complete a basis: they have no weight.
-    place = torch.arange(rho.shape[-1], device=rho.device)
-    present = place < torch.minimum(wx.ranks, wy.ranks).unsqueeze(-1)
     results = []
     for layer, scatter, w, directions in (("x", xx, wx, u), ("y", yy, wy, vh.mH)):
         if weights in (layer, "both"):
-            a = pwcca_weights(scatter, w, directions) * present
-            results.append((a * rho).sum(-1) / a.sum(-1))
-    return torch.stack(results, -1) if weights == "both" else results[0]
+            a = pwcca_weights(scatter, w, directions, rho)
+            results.append((a * rho).sum() / a.sum())
+    return torch.stack(results) if weights == "both" else results[0]
 
 
 # ---- nuclear norm ----------------------------------------------------------------------------------------------------

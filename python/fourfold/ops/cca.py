@@ -110,6 +110,8 @@ def _check_pair(op: str, x: Any, y: Any, few: bool = True) -> int:
         raise ValueError(f"{op}: x and y must have the same samples, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
     if x.device != y.device:
         raise ValueError(f"{op}: x and y must be on the same device, got {x.device} and {y.device}; move one with .to()")
+    if x.is_meta:
+        raise ValueError(f"{op}: x and y are on the meta device, which holds no values to compare; pass layers with data")
     n, d = x.shape[0], max(x.shape[1], y.shape[1])
     if not few:
         similarity.refuse_few(op, n, d)
@@ -251,7 +253,8 @@ def pwcca(x: Tensor, y: Tensor, *, weights: Literal["x", "y"] = "x") -> Tensor:
     """Projection-weighted CCA (Morcos et al., 2018, arXiv 1806.05759).
 
     The mean of the canonical correlations rho_i, each weighted with sum_j abs(<h_i, z_j>), where the h_i are the canonical
-    variates, of length 1, and the z_j the centred neurons of one layer.
+    variates, of length 1, and the z_j the centred neurons of one layer. Where correlations are tied, as those of neurons that
+    both layers share, the variates are not unique: then they are the principal directions of the z_j among them.
 
     Args:
         x: activations, float [n, dx], samples first, of any strides.

@@ -1,7 +1,8 @@
 """StreamingCCA: similarity of many layers from one pass over the data."""
 
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +23,17 @@ METHODS = ("cca", "svcca", "pwcca", "cka", "procrustes", "rv", "dft_cca")
 CONV = ("channels", "flatten", "avgpool", "dft")
 _WORDS = {"widths": "layers and widths in one order", "places": "way of pooling", "size": "height and width"}
 _OPTIONS = {"cca": ("rtol",), "svcca": ("variance",), "pwcca": ("weights",), "cka": ("kernel", "unbiased", "sigma")}
+
+
+def _keeping_sums(method: Callable[..., "StreamingCCA"]) -> Callable[..., "StreamingCCA"]:
+    """Without gradients; and what it makes can be added to later, also where it is called under torch.inference_mode()."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> "StreamingCCA":
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return call
 
 
 @dataclass(frozen=True)
@@ -147,7 +159,7 @@ class StreamingCCA:
 
     # --- adding ----------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @_keeping_sums
     def update(self, activations: Mapping[Name, Tensor]) -> "StreamingCCA":
         """Adds a batch.
 
@@ -210,6 +222,8 @@ class StreamingCCA:
         devices = {x.device for x in activations.values()} | ({self._device} if self._device else set())
         if len(devices) > 1:
             raise ValueError(f"{op}: layers must be on one device, got {sorted(map(str, devices))}; move them with .to(device)")
+        if activations[first].is_meta:
+            raise ValueError(f"{op}: layers are on the meta device, which holds no values; pass activations with data")
         return dict(activations)
 
     def _check_finite(self, op: str, activations: Mapping[Name, Tensor]) -> None:
@@ -379,7 +393,7 @@ class StreamingCCA:
 
     # --- sharding --------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @_keeping_sums
     def merge(self, other: "StreamingCCA") -> "StreamingCCA":
         """Adds another accumulator's samples to this one's. Both must have the same conv, precision, pairs and layers."""
         op = "StreamingCCA.merge"
@@ -423,7 +437,7 @@ class StreamingCCA:
             if not same:
                 raise ValueError(f"{op}: both must have the same {_WORDS.get(key, key)}, got {mine[key]} and {other[key]}")
 
-    @torch.no_grad()
+    @_keeping_sums
     def all_reduce(self, group: Any = None) -> "StreamingCCA":
         """Gives every process of a torch.distributed group the statistics of all their samples.
 
@@ -517,44 +531,58 @@ class StreamingCCA:
             "states": [part.state_dict() for part in self._parts()],
         }
 
-    @torch.no_grad()
+    @_keeping_sums
     def load_state_dict(self, state: Mapping[str, Any]) -> "StreamingCCA":
         """Takes over a `state_dict` of an accumulator with the same conv, precision and pairs; what was here is lost."""
         op = "StreamingCCA.load_state_dict"
+        broken = f"{op}: state must be what StreamingCCA.state_dict returns"
         try:
+            version, batches, states = state["version"], state["batches"], state["states"]
             pairs = state["pairs"] if isinstance(state["pairs"], str) else tuple(tuple(pair) for pair in state["pairs"])
             found = {"conv": state["conv"], "precision": state["precision"], "pairs": pairs}
-            widths = dict(map(tuple, state["widths"]))
-            version, size, spaces, states = state["version"], state["size"], state["spaces"], state["states"]
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{op}: state must be what StreamingCCA.state_dict returns; {error!r} in reading it") from None
+            raise ValueError(f"{broken}; {error!r} in reading it") from None
+        if not (type(version) is int and type(batches) is int and isinstance(states, list)):
+            raise ValueError(
+                f"{broken}, with a version and batches that are numbers and a list of states; got {type(version).__name__}, "
+                f"{type(batches).__name__} and {type(states).__name__}"
+            )
         if version != 1:
             raise ValueError(f"{op}: state has version {version!r}, this fourfold reads 1; update fourfold")
         for key, value in found.items():
             if value != getattr(self, key):
                 raise ValueError(f"{op}: the state was made with {key}={value!r}, this has {key}={getattr(self, key)!r}")
         fresh = StreamingCCA(conv=self.conv, precision=self.precision, pairs=self.pairs)
-        fresh._widths = widths
-        if states:
-            layout = None
-            if spaces is not None:
-                parts = [
-                    _Space(
-                        tuple((name, None if grid is None else tuple(grid)) for name, grid in entries),
-                        tuple(map(tuple, partners)),
-                    )
-                    for entries, partners in zip(spaces["entries"], spaces["partners"], strict=True)
-                ]
-                places = {(a, b): (space, i, j) for a, b, space, i, j in spaces["places"]}
-                layout = _Layout(tuple(parts), places)
-            header = {"widths": widths, "size": None if size is None else tuple(size)}
-            # Where the tensors were loaded to, which torch.load's map_location decides.
-            fresh._become(header, {"layout": layout}, states[0]["tensors"][0].device)
-            for part, saved in zip(fresh._parts(), states, strict=True):
-                part.load_state_dict(saved)
-        fresh._batches = state["batches"]
+        fresh._batches = batches
+        try:
+            fresh._take_over(state)
+        except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{broken}; {error!r} in reading it") from error
         self.__dict__.update(fresh.__dict__)
         return self
+
+    def _take_over(self, state: Mapping[str, Any]) -> None:
+        """Fills this, which is new, from a state_dict."""
+        self._widths = widths = dict(map(tuple, state["widths"]))
+        size, spaces, states = state["size"], state["spaces"], state["states"]
+        if not states:
+            return
+        layout = None
+        if spaces is not None:
+            parts = [
+                _Space(
+                    tuple((name, None if grid is None else tuple(grid)) for name, grid in entries),
+                    tuple(map(tuple, partners)),
+                )
+                for entries, partners in zip(spaces["entries"], spaces["partners"], strict=True)
+            ]
+            places = {(a, b): (space, i, j) for a, b, space, i, j in spaces["places"]}
+            layout = _Layout(tuple(parts), places)
+        header = {"widths": widths, "size": None if size is None else tuple(size)}
+        # Where the tensors were loaded to, which torch.load's map_location decides.
+        self._become(header, {"layout": layout}, states[0]["tensors"][0].device)
+        for part, saved in zip(self._parts(), states, strict=True):
+            part.load_state_dict(saved)
 
     # --- results ---------------------------------------------------------------------------------------------------------
 
@@ -602,9 +630,8 @@ class StreamingCCA:
             widest = max(self._widths, key=self._widths.__getitem__)
             of = f"{op}: dft_cca of layer {widest!r}"
             similarity.warn_chance(of, self._frequencies.n, self._widths[widest])
-            if self.precision == "fast":
-                for name, (power, sums) in self._frequencies.powers().items():
-                    _refuse_beyond_float32(op, name, power, sums, self._frequencies.n)
+            for name, (power, sums) in self._frequencies.powers().items():
+                _refuse_beyond_range(op, name, power, sums, self._frequencies.n, self.precision)
             values = {pair: self._frequencies.similarity(*pair) for pair in self._wanted(op, self.names)}
             return {pair: (value, value) for pair, value in values.items()}
         assert self._layout is not None
@@ -630,9 +657,8 @@ class _Measures:
         self.whiteners: list[similarity.Whitener] = []
         #: Layers that do not vary, of the pairs that were asked for.
         self.constant: list[Name] = []
-        if precision == "fast":
-            for name, scatter, sums in zip(self.names, self.scatters, state.sums, strict=True):
-                _refuse_beyond_float32(op, name, similarity.power(scatter), sums[:-1], state.n)
+        for name, scatter, sums in zip(self.names, self.scatters, state.sums, strict=True):
+            _refuse_beyond_range(op, name, similarity.power(scatter), sums[:-1], state.n, precision)
         if method not in ("cca", "svcca", "pwcca"):
             return
         chosen = {key: value for key, value in options.items() if key in ("rtol", "variance")}
@@ -690,13 +716,13 @@ class _Measures:
         return bool(constant)
 
 
-def _refuse_beyond_float32(op: str, name: Name, power: Tensor, sums: Tensor, n: int) -> None:
+def _refuse_beyond_range(op: str, name: Name, power: Tensor, sums: Tensor, n: int, precision: str) -> None:
     """power: the trace of the scatter. A constant layer, whose sums are 0 around its pivot, is another matter."""
-    if similarity.beyond_float32(power, n) and (float(power) > 0 or bool(sums.any())):
+    if similarity.beyond_range(power, n, precision) and (not float(power) <= 0 or bool(sums.any())):
+        of, way_out = ("float32 with precision='fast'", ", or use precision='high'") if precision == "fast" else ("float64", "")
         raise ValueError(
-            f"{op}: the squares of layer {name!r} must lie in the range of float32 with precision='fast', got a sum of "
-            f"{float(power):.3g} over {n} samples; multiply the layer by a constant, which changes no similarity, or use "
-            "precision='high'"
+            f"{op}: the squares of layer {name!r} must lie in the range of {of}, got a sum of {float(power):.3g} over {n} "
+            f"samples; multiply the layer by a constant, which changes no similarity{way_out}"
         )
 
 

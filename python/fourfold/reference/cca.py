@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+#: Correlations nearer to each other than this are tied.
+TIED = 1e-8
+
 
 class Correlations(NamedTuple):
     """Canonical correlations rho [min(rank_x, rank_y)], descending; the means of rho and rho²; what was kept of x and y.
@@ -77,11 +80,19 @@ def svcca(x: Tensor, y: Tensor, *, variance: float = 0.99) -> Correlations:
 
 
 def pwcca(x: Tensor, y: Tensor, *, weights: str = "x") -> Tensor:
-    """The mean of rho, each weighted with sum_j |<its canonical variate in z, neuron j of z>|; z is x or y."""
+    """The mean of rho, each weighted with sum_j |<its canonical variate in z, neuron j of z>|; z is x or y.
+
+    Variates of tied correlations are the principal directions of z among them.
+    """
     z, other = (centre(x), centre(y)) if weights == "x" else (centre(y), centre(x))
     qz, qo = basis(z)[0], basis(other)[0]
     u, rho, _ = torch.linalg.svd(qz.mH @ qo, full_matrices=False)
-    weight = ((qz @ u).mH @ z).abs().sum(1).detach()
+    projections = (qz @ u).mH @ z.detach()
+    weight = torch.zeros_like(rho)
+    tied = torch.cat([rho.new_zeros(1), (rho.detach()[:-1] - rho.detach()[1:] > TIED).cumsum(0)])
+    for group in tied.unique():
+        _, s, vh = torch.linalg.svd(projections[tied == group], full_matrices=False)
+        weight[tied == group] = (s @ vh.abs()).sum().detach() / int((tied == group).sum())
     return (weight * rho).sum() / weight.sum()
 
 
