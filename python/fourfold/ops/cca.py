@@ -361,7 +361,8 @@ def cka(
         kernel: "linear", or "rbf": exp(-distance² / (2 b²)). The latter works in tiles of the n x n kernel: time grows with n²,
             memory with n.
         unbiased: the unbiased estimate of HSIC (Song et al., 2012), which can be below 0; needs n >= 4.
-        sigma: of "rbf": the bandwidth b as a multiple of each layer's median distance of two samples; 1 if None.
+        sigma: of "rbf": the bandwidth b as a multiple of each layer's median distance of two samples (of an
+            even number of distances the lower of the two in the middle); 1 if None.
 
     Returns:
         A float64 scalar. Differentiable; the bandwidth counts as a constant.
