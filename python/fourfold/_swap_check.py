@@ -24,7 +24,7 @@ class Certificate(NamedTuple):
     """How a layer's output on the example differs from before.
 
     max_difference: the largest absolute difference of an element; NaN where one of the two is NaN. cka: linear CKA of the two,
-    samples and positions being the rows; NaN where an output is constant or has one row.
+    samples and positions being the rows; NaN where an output is constant or has fewer than three rows.
     """
 
     max_difference: float
