@@ -953,7 +953,7 @@ def coord_conv_transpose2d(
 
 
 # Positions in a batch for which coordinates are kept for every sample, as cat wants them.
-_KEPT_POSITIONS = 1 << 19
+_KEPT_POSITIONS = 1 << 17
 
 
 def _copies_channels(x: Tensor) -> bool:
