@@ -71,6 +71,7 @@ def _main(arguments: list[str] | None) -> int:
         check_tiers("--compare-capabilities", tiers)
         if len(tiers) == 1 or len(tiers) != len(set(tiers)):
             raise ValueError(f"--compare-capabilities: must be two or more different tiers, got {chosen.compare_capabilities}")
+        check_ops(settings)
         chosen_cases = every_case(settings)
         if not chosen_cases:
             raise ValueError(why_none(settings))
@@ -114,12 +115,17 @@ def check_tiers(option: str, words: list[str]) -> None:
             raise ValueError(f"{option}: this build and this machine have {', '.join(tiers)}; got {word!r}{near(word, tiers)}")
 
 
+def check_ops(settings: Settings) -> None:
+    """ValueError where an op that was asked for has no cases at all."""
+    everything = list(dict.fromkeys(case.op for case in every_case(Settings(device=settings.device))))
+    for op in settings.op.split(",") if settings.op is not None else []:
+        if op not in everything:
+            meant = near(op, everything) or f"; ops with cases: {', '.join(everything)}"
+            raise ValueError(f"--op: {op} has no cases{meant}")
+
+
 def why_none(settings: Settings) -> str:
     """Why no case fits, and what would."""
-    everything = list(dict.fromkeys(case.op for case in every_case(Settings(device=settings.device))))
-    if settings.op is not None and settings.op not in everything:
-        meant = near(settings.op, everything) or f"; ops with cases: {', '.join(everything)}"
-        return f"--op: {settings.op} has no cases{meant}"
     given = {"--family": settings.family, "--op": settings.op, "--match": settings.match}
     words = [f"{name} {value}" for name, value in given.items() if value is not None] + ["--quick"] * settings.quick
     return f"no case fits {' and '.join(words)}; --list with fewer of them shows what there is"

@@ -80,7 +80,7 @@ class Settings:
             for case in map(self._on_device, cases)
             if case is not None
             and (case.quick or not self.quick)
-            and self.op in (None, case.op)
+            and (self.op is None or case.op in self.op.split(","))
             and (self.match is None or self.match in case.title)
         ]
         return sorted(wanted, key=fresh_first)

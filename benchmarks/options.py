@@ -41,7 +41,7 @@ def some_seconds(text: str) -> float:
 def add_options(add: Callable[..., Any]) -> None:
     """Every option that chooses what runs; `add` is argparse's add_argument or pytest's addoption."""
     add("--family", help="one family of ops, such as blockdct")
-    add("--op", help="one op, such as block_dct")
+    add("--op", help="one op or several, such as block_dct,block_idct")
     add("--match", help="only cases whose group or label holds this text")
     add("--quick", action="store_true", help="the cases that matter most, within two minutes on 2 cores")
     add("--seconds", type=some_seconds, help="time for the whole run; it is shared out over the cases")

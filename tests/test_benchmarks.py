@@ -625,6 +625,8 @@ def test_list(capsys):
     names = capsys.readouterr().out.splitlines()
     assert "block_dct planar 8x3x224x224 N=8 float32 [out]" in names and all(name.startswith("block_dct ") for name in names)
     assert len(set(names)) == len(names)
+    assert program.main(["--list", "--quick", "--op", "block_dct,block_idct"]) == 0
+    assert {name.split()[0] for name in capsys.readouterr().out.splitlines()} == {"block_dct", "block_idct"}
 
 
 @pytest.mark.parametrize(
@@ -639,6 +641,7 @@ def test_list(capsys):
         ),
         (["--family", "blockdtc"], "got 'blockdtc'; did you mean blockdct or "),
         (["--op", "nope"], "--op: nope has no cases; ops with cases: block_dct, block_idct, "),
+        (["--op", "block_dct,nope"], "--op: nope has no cases; ops with cases: block_dct, block_idct, "),
         (["--op", "zigzag"], "--op: zigzag has no cases; ops with cases: block_dct, block_idct, "),
         (["--op", "dct_flop"], "--op: dct_flop has no cases; did you mean dct_flip or dct_crop?"),
         (["--op", "block_dct", "--family", "cca"], "no case fits --family cca and --op block_dct; --list with fewer"),
