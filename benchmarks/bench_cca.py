@@ -519,6 +519,9 @@ class Layers:
             self.layers.append(h.to(device))
         self.one = torch.ones((), dtype=torch.float64, device=device)
 
+    def clone(self) -> Tensor:
+        return self.layers[0].clone()
+
 
 def every_pair(layers: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Unbiased CKA of all pairs; every kernel once."""

@@ -88,6 +88,13 @@ def test_every_op_and_layer_is_raced_and_its_overhead_stated():
         assert len(names) == len(set(names))
 
 
+def test_every_overhead_is_over_something():
+    """A yardstick, or the clone of what the op is given."""
+    for case in every_case(Settings()):
+        if case.overhead and not case.yardsticks:
+            assert isinstance(case.problem(torch.device("cpu")).clone(), torch.Tensor), case.name
+
+
 def test_every_shape_has_a_source():
     for settings in (Settings(), Settings(random_shapes=True)):
         assert not [case.name for case in every_case(settings) if not case.source]
